@@ -1,0 +1,632 @@
+"""DeepSeek-V3, the model under DeepSeek-R1, and the dense models that R1 was distilled into.
+
+Read it beside the DeepSeek-V3 report (arXiv 2412.19437), section 2. From top to bottom: the
+configuration, RMSNorm, rotary positions and YaRN, attention (MLA, then GQA for the dense models),
+the MLP, the router, the experts, a block, multi-token prediction, the Transformer.
+
+    model = Transformer(Config.preset("toy"))
+    logits_BTV = model(tokens_BT)
+
+The names of modules and fields are those of the official checkpoint and its config.json.
+
+A tensor's name ends in its shape:
+
+    B sequences      H heads            D model (d)          E experts (N_r)
+    T positions      J key-value heads  F feed-forward       A active experts (K_r)
+    S cached keys    K head dim (d_h)   C latent (d_c)       V vocabulary
+    N = B*T tokens   R rope dim (d_h^R) L query latent       W = N*A copies of tokens
+    M layers         U value head dim   X cached numbers     P prompts, G group
+
+Departures from the report, each marked where it stands:
+- the MTP module reads [embedding; hidden], as the released weights do; the report prints the
+  opposite order.
+
+Read next: sample.py (how it writes), then grpo.py (how it learns).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from kernels import full
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of the official config.json; the defaults are DeepSeek-V3. Symbols: the report."""
+
+    model_type: str = "deepseek_v3"  # or qwen2, qwen3, llama: dense, with GQA
+    vocab_size: int = 129280  # V
+    hidden_size: int = 7168  # d
+    intermediate_size: int = 18432  # width of a dense MLP
+    num_hidden_layers: int = 61  # l
+    num_attention_heads: int = 128  # n_h
+    initializer_range: float = 0.006
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # YaRN
+    max_position_embeddings: int = 163840
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    # Multi-head latent attention; kv_lora_rank None means GQA.
+    q_lora_rank: int | None = 1536  # d_c'
+    kv_lora_rank: int | None = 512  # d_c
+    qk_nope_head_dim: int = 128  # d_h
+    qk_rope_head_dim: int = 64  # d_h^R
+    v_head_dim: int = 128
+    # Grouped-query attention, of the dense models.
+    num_key_value_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = None  # None: hidden_size / heads
+    # DeepSeekMoE; n_routed_experts None means an MLP in each layer.
+    n_routed_experts: int | None = 256  # N_r
+    n_shared_experts: int = 1  # N_s
+    num_experts_per_tok: int = 8  # K_r
+    moe_intermediate_size: int = 2048  # width of an expert
+    first_k_dense_replace: int = 3
+    n_group: int = 8  # experts are in groups (nodes in the report) ...
+    topk_group: int = 4  # M: ... of which a token may use so many
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    # Multi-token prediction.
+    num_nextn_predict_layers: int = 1  # D: how many further tokens each position predicts
+
+    def __post_init__(self):
+        if self.n_routed_experts is not None:
+            group, left_over = divmod(self.n_routed_experts, self.n_group)
+            if left_over or self.num_experts_per_tok > group * self.topk_group:
+                raise ValueError(
+                    f"{self.n_routed_experts} experts in n_group={self.n_group} groups, of which a"
+                    f" token may use topk_group={self.topk_group}, can't give"
+                    f" num_experts_per_tok={self.num_experts_per_tok} experts"
+                )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "yarn":
+            raise ValueError(f"rope_scaling {scaling}: only type 'yarn' is implemented")
+        if self.num_nextn_predict_layers > 1:
+            raise ValueError(
+                f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1, as released"
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        return self.n_routed_experts is not None
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_hidden_layers - self.first_k_dense_replace if self.is_moe else 0
+
+    @property
+    def cache_width(self) -> int:
+        """X: how many numbers the cache holds per token and layer."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * (self.num_key_value_heads or self.num_attention_heads) * self.gqa_head_dim
+
+    @property
+    def gqa_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "Config":
+        if name not in PRESETS:
+            raise ValueError(f"unknown model preset {name!r}: one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> "Config":
+        """From a config.json. Fields that do not concern the model are passed over."""
+        kind = settings.get("model_type", "deepseek_v3")
+        if kind not in FAMILIES:
+            raise ValueError(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+        known = {field.name for field in fields(cls)}
+        return cls(**{**FAMILIES[kind], **{k: v for k, v in settings.items() if k in known}})
+
+    def to_dict(self) -> dict:
+        """What config.json holds."""
+        return {"architectures": [ARCHITECTURES[self.model_type]], **asdict(self)}
+
+
+DENSE = dict(kv_lora_rank=None, q_lora_rank=None, n_routed_experts=None, first_k_dense_replace=0,
+             num_nextn_predict_layers=0)  # fmt: skip
+FAMILIES = dict(deepseek_v3={}, qwen2=DENSE, qwen3=DENSE, llama=DENSE)
+ARCHITECTURES = dict(deepseek_v3="DeepseekV3ForCausalLM", qwen2="Qwen2ForCausalLM",
+                     qwen3="Qwen3ForCausalLM", llama="LlamaForCausalLM")  # fmt: skip
+PRESETS = {
+    "deepseek-v3": dict(
+        rope_scaling=dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0,
+                          mscale_all_dim=1.0, original_max_position_embeddings=4096),
+    ),
+    "toy": dict(
+        vocab_size=408, hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, q_lora_rank=None, kv_lora_rank=48, qk_nope_head_dim=16,
+        qk_rope_head_dim=16, v_head_dim=24, rope_theta=100.0, max_position_embeddings=2048,
+        n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
+        first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+        num_nextn_predict_layers=0,
+    ),
+}  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Where each token stands: computed once, read by every layer."""
+
+    positions_BT: Tensor
+    segments_BT: Tensor | None  # which document of its row; None: one document a row
+    cos_BTr: Tensor  # r = R/2 pairs
+    sin_BTr: Tensor
+
+
+class Routing(NamedTuple):
+    """What a router decided for each token."""
+
+    weights_BTA: Tensor
+    experts_BTA: Tensor
+    scores_BTE: Tensor
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angle per position of each pair of dimensions, r = R/2, stretched by YaRN (2309.00071).
+
+    YaRN leaves the fast pairs as they are, divides the frequency of the slow ones by `factor`, and
+    goes linearly from one to the other in between.
+    """
+    dim = config.gqa_head_dim if config.kv_lora_rank is None else config.qk_rope_head_dim
+    pair_r = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    frequency_r = config.rope_theta**-pair_r
+    yarn = config.rope_scaling
+    if yarn is None:
+        return frequency_r
+
+    def pair_that_turns(rotations: float) -> float:
+        """The pair that makes so many turns within the original context."""
+        wavelength = yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), dim - 1)
+    ramp_r = torch.arange(dim // 2, dtype=torch.float32, device=device) - low
+    slow_r = (ramp_r / max(high - low, 0.001)).clamp(0, 1)
+    return frequency_r * (1 - slow_r) + frequency_r / yarn["factor"] * slow_r
+
+
+def yarn_mscale(config: Config, key: str) -> float:
+    """YaRN's temperature: 0.1 m ln(factor) + 1."""
+    yarn = config.rope_scaling or {}
+    if yarn.get("factor", 1) <= 1:
+        return 1.0
+    return 0.1 * yarn.get(key, 1.0) * math.log(yarn["factor"]) + 1.0
+
+
+def rotate(x_BTHR: Tensor, rows: Rows, interleaved: bool) -> Tensor:
+    """Turn each pair of dimensions by its angle. DeepSeek's pairs are (0, 1), (2, 3), ...; those
+    of Qwen and Llama are (0, R/2), (1, R/2 + 1), ... The two are not interchangeable."""
+    cos, sin = rows.cos_BTr.unsqueeze(2), rows.sin_BTr.unsqueeze(2)
+    if interleaved:
+        a, b = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHR.dtype)
+    a, b = x_BTHR.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_BTHR.dtype)
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention (V3 2.1.1). Keys and values of all heads are linear maps of one
+    latent vector of C numbers; only it and one rotated key of R numbers are cached.
+
+    Two forms that compute the same: the naive one builds each head's keys and values, and is the
+    faster over many positions (training, prefill); the absorbed one moves the maps to the other
+    side, W_UK to the query and W_UV to the output, so that decoding reads only the latents.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, H, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.H, self.K, self.R = H, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.C, self.U = config.kv_lora_rank, config.v_head_dim
+        self.q_lora_rank = config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(D, H * (self.K + self.R), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(D, self.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, H * (self.K + self.R), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(D, self.C + self.R, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.C, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.C, H * (self.K + self.U), bias=False)
+        self.o_proj = nn.Linear(H * self.U, D, bias=bias)
+        # YaRN's temperature belongs on the scores, over all K + R dimensions.
+        self.scale = (self.K + self.R) ** -0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHk, latent_BTC, rope_BTR = self.project(x_BTD, rows)
+        if cache_BSX is not None:
+            entries_BTX = torch.cat((latent_BTC, rope_BTR), -1)
+            store(cache_BSX, entries_BTX, rows.positions_BT)
+            if T == 1:
+                return self.o_proj(self.absorbed(q_BTHk, cache_BSX, rows.positions_BT))
+        return self.o_proj(self.naive(q_BTHk, latent_BTC, rope_BTR, rows.segments_BT))
+
+    def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of K + R numbers a head, the normed latent, and the rotated shared key."""
+        B, T, _ = x_BTD.shape
+        if self.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope_BTHK, q_rope_BTHR = q.view(B, T, self.H, -1).split((self.K, self.R), -1)
+        q_rope_BTHR = rotate(q_rope_BTHR, rows, interleaved=True)
+        latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), -1)
+        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rows, interleaved=True).squeeze(2)
+        return (
+            torch.cat((q_nope_BTHK, q_rope_BTHR), -1),
+            self.kv_a_layernorm(latent_BTC),
+            k_rope_BTR,
+        )
+
+    def naive(
+        self, q_BTHk: Tensor, latent_BTC: Tensor, rope_BTR: Tensor, segments_BT: Tensor | None
+    ) -> Tensor:
+        B, T, _ = latent_BTC.shape
+        kv = self.kv_b_proj(latent_BTC).view(B, T, self.H, self.K + self.U)
+        k_BTHK, v_BTHU = kv.split((self.K, self.U), -1)
+        shared_BTHR = rope_BTR.unsqueeze(2).expand(-1, -1, self.H, -1)
+        k_BTHk = torch.cat((k_BTHK, shared_BTHR), -1)
+        return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, segments_BT).flatten(2)
+
+    def absorbed(self, q_BTHk: Tensor, cache_BSX: Tensor, positions_BT: Tensor) -> Tensor:
+        w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
+        w_uk_HKC, w_uv_HUC = w_HkC.split((self.K, self.U), 1)
+        q_nope_BHK, q_rope_BHR = q_BTHk[:, 0].split((self.K, self.R), -1)
+        q_latent_BHC = torch.einsum("bhk,hkc->bhc", q_nope_BHK, w_uk_HKC)
+        q_BHX = torch.cat((q_latent_BHC, q_rope_BHR), -1)
+        seen_B = positions_BT[:, 0] + 1
+        mixed_BHC = kernels.mla_decode(q_BHX, cache_BSX, seen_B, self.C, self.scale)
+        return torch.einsum("bhc,huc->bhu", mixed_BHC, w_uv_HUC).flatten(1).unsqueeze(1)
+
+
+class GQA(nn.Module):
+    """Grouped-query attention of the dense models: Llama, Qwen2 (biases), Qwen3 (per-head norms)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, H, K = config.hidden_size, config.num_attention_heads, config.gqa_head_dim
+        J = config.num_key_value_heads or H
+        self.H, self.J, self.K, self.scale = H, J, K, K**-0.5
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
+        self.k_proj = nn.Linear(D, J * K, bias=qkv_bias)
+        self.v_proj = nn.Linear(D, J * K, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * K, D, bias=config.attention_bias)
+        self.has_norms = config.model_type == "qwen3"
+        if self.has_norms:
+            self.q_norm = RMSNorm(K, config.rms_norm_eps)
+            self.k_norm = RMSNorm(K, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHK = self.q_proj(x_BTD).view(B, T, self.H, self.K)
+        k_BTJK = self.k_proj(x_BTD).view(B, T, self.J, self.K)
+        v_BTJK = self.v_proj(x_BTD).view(B, T, self.J, self.K)
+        if self.has_norms:
+            q_BTHK, k_BTJK = self.q_norm(q_BTHK), self.k_norm(k_BTJK)
+        q_BTHK = rotate(q_BTHK, rows, interleaved=False)
+        k_BTJK = rotate(k_BTJK, rows, interleaved=False)
+        if cache_BSX is not None:
+            store(cache_BSX, torch.cat((k_BTJK, v_BTJK), 2).flatten(2), rows.positions_BT)
+            if T == 1:
+                k_BSJK, v_BSJK = cache_BSX.unflatten(-1, (2, self.J, self.K)).unbind(2)
+                seen_B = rows.positions_BT[:, 0] + 1
+                out_BHK = kernels.decode(q_BTHK[:, 0], k_BSJK, v_BSJK, seen_B, self.scale)
+                return self.o_proj(out_BHK.flatten(1).unsqueeze(1))
+        out_BTHK = kernels.attention(q_BTHK, k_BTJK, v_BTJK, self.scale, rows.segments_BT)
+        return self.o_proj(out_BTHK.flatten(2))
+
+
+def store(cache_BSX: Tensor, entries_BTX: Tensor, positions_BT: Tensor) -> None:
+    """Write each token's entry at its position of the row's cache."""
+    index_BTX = positions_BT.unsqueeze(-1).expand_as(entries_BTX)
+    cache_BSX.scatter_(1, index_BTX, entries_BTX)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, D: int, F: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Gate(nn.Module):
+    """The router (V3 2.1.2, Eq. 13-16): which experts a token goes to, and their weights.
+
+    The bias takes part in the selection only. It moves by a fixed step against the load
+    (`balance`), and does what an auxiliary loss does elsewhere without touching the gradient.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        E = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(E, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(E))
+
+    def forward(self, x_BTD: Tensor, route_BTA: Tensor | None = None) -> Routing:
+        """With a route, its experts are taken as they are, where they are not -1."""
+        config = self.config
+        # V3 Eq. 15: s = sigmoid(u . e)
+        scores_BTE = F.linear(full(x_BTD), full(self.weight)).sigmoid()
+        experts_BTA = self.select(scores_BTE.detach() + self.e_score_correction_bias)
+        if route_BTA is not None:
+            experts_BTA = torch.where(route_BTA >= 0, route_BTA.long(), experts_BTA)
+        # V3 Eq. 13: g = s / sum of the selected s; the bias is not in the weight
+        weights_BTA = scores_BTE.gather(-1, experts_BTA)
+        if config.norm_topk_prob:
+            weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdim=True) + 1e-20)
+        weights_BTA = weights_BTA * config.routed_scaling_factor
+        return Routing(weights_BTA.to(x_BTD.dtype), experts_BTA, scores_BTE)
+
+    def select(self, biased_BTE: Tensor) -> Tensor:
+        """The A best experts within the best `topk_group` groups; a group is as good as the sum of
+        its two best experts."""
+        config = self.config
+        if config.n_group > 1:
+            grouped_BTge = biased_BTE.unflatten(-1, (config.n_group, -1))
+            best = min(2, grouped_BTge.shape[-1])
+            group_scores_BTg = grouped_BTge.topk(best, -1).values.sum(-1)
+            kept_BTm = group_scores_BTg.topk(config.topk_group, -1).indices
+            lost_BTg = torch.ones_like(group_scores_BTg, dtype=torch.bool).scatter_(
+                -1, kept_BTm, False
+            )
+            # -inf and not 0: with negative biases a losing expert's 0 would win.
+            biased_BTE = grouped_BTge.masked_fill(lost_BTg.unsqueeze(-1), float("-inf")).flatten(-2)
+        return biased_BTE.topk(config.num_experts_per_tok, -1).indices
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor, step: float) -> None:
+        """V3 2.1.2: after each training step, overloaded experts lose `step`, underloaded ones
+        gain it. load_E counts the real tokens of the whole batch, padding left out."""
+        self.e_score_correction_bias += step * (load_E.mean() - load_E).sign()
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: copies of the tokens sorted by expert, one grouped product for
+    all experts, and the weighted sum back. This dispatch and combination is in `forward` and
+    nowhere else, so that expert parallelism can replace it."""
+
+    def __init__(self, E: int, D: int, F: int):
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(E, F, D))
+        self.up_proj = nn.Parameter(torch.empty(E, F, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+
+    def forward(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
+        flat_W = experts_NA.flatten()  # W: a copy of a token for each of its experts
+        order_W = flat_W.argsort(stable=True)
+        ends_E = torch.bincount(flat_W, minlength=len(self.gate_proj)).cumsum(0)
+        token_W = order_W // experts_NA.shape[1]
+        out_WD = self.grouped(x_ND[token_W], ends_E) * weights_NA.flatten()[order_W, None]
+        return torch.zeros_like(x_ND).index_add(0, token_W, out_WD)
+
+    def grouped(self, x_WD: Tensor, ends_E: Tensor) -> Tensor:
+        gate_WF = kernels.grouped_linear(x_WD, self.gate_proj, ends_E)
+        up_WF = kernels.grouped_linear(x_WD, self.up_proj, ends_E)
+        return kernels.grouped_linear(kernels.swiglu(gate_WF, up_WF), self.down_proj, ends_E)
+
+
+class MoE(nn.Module):
+    """V3 Eq. 12: h = x + shared(x) + sum over the selected experts of g_i expert_i(x)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, F = config.hidden_size, config.moe_intermediate_size
+        self.gate = Gate(config)
+        self.experts = Experts(config.n_routed_experts, D, F)
+        self.shared_experts = (
+            MLP(D, F * config.n_shared_experts) if config.n_shared_experts else None
+        )
+
+    def forward(self, x_BTD: Tensor, route_BTA: Tensor | None = None) -> tuple[Tensor, Routing]:
+        routing = self.gate(x_BTD, route_BTA)
+        weights_NA, experts_NA = (
+            routing.weights_BTA.flatten(0, 1),
+            routing.experts_BTA.flatten(0, 1),
+        )
+        y_BTD = self.experts(x_BTD.flatten(0, 1), weights_NA, experts_NA).view_as(x_BTD)
+        if self.shared_experts is not None:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        return y_BTD, routing
+
+
+def balance_loss(routing: Routing, documents_BT: Tensor, count: int) -> Tensor:
+    """The sequence-wise balance loss (V3 Eq. 17-20), summed over documents, before alpha.
+
+    documents_BT numbers the documents of the batch from 0 to count - 1, with -1 for padding.
+    """
+    scores_BTE, experts_BTA = routing.scores_BTE, routing.experts_BTA
+    E, A = scores_BTE.shape[-1], experts_BTA.shape[-1]
+    real_N = documents_BT.flatten() >= 0
+    document_N = documents_BT.flatten()[real_N]
+    shares_NE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).flatten(0, 1)[real_N]
+    chosen_NE = torch.zeros_like(shares_NE).scatter_(1, experts_BTA.flatten(0, 1)[real_N], 1.0)
+    zeros_dE = shares_NE.new_zeros(count, E)
+    length_d1 = torch.bincount(document_N, minlength=count).clamp(min=1).unsqueeze(1)
+    # V3 Eq. 18: f_i = N_r / (K_r T) sum_t 1(token t goes to expert i)
+    load_dE = zeros_dE.index_add(0, document_N, chosen_NE) * E / (A * length_d1)
+    # V3 Eq. 20: P_i = 1/T sum_t s'_i,t
+    share_dE = zeros_dE.index_add(0, document_N, shares_NE) / length_d1
+    # V3 Eq. 17: L_Bal = alpha sum_i f_i P_i
+    return (load_dE * share_dE).sum()
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(D, eps)
+        self.self_attn = GQA(config) if config.kv_lora_rank is None else MLA(config)
+        self.post_attention_layernorm = RMSNorm(D, eps)
+        self.is_moe = config.is_moe and layer >= config.first_k_dense_replace
+        self.mlp = MoE(config) if self.is_moe else MLP(D, config.intermediate_size)
+
+    def forward(
+        self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None,
+        route_BTA: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rows, cache_BSX)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if not self.is_moe:
+            return x_BTD + self.mlp(normed_BTD), None
+        y_BTD, routing = self.mlp(normed_BTD, route_BTA)
+        return x_BTD + y_BTD, routing
+
+
+class MTPBlock(Block):
+    """Multi-token prediction (V3 2.2): one more block that sees position t and the token at t + 1,
+    and predicts the token at t + 2. It shares the embedding; its head is a copy of the main one in
+    released checkpoints, and the main one itself here."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+        self.shared_head = nn.ModuleDict(dict(norm=RMSNorm(D, eps)))
+
+    def merge(self, hidden_BTD: Tensor, next_BTD: Tensor) -> Tensor:
+        # Departs from V3 Eq. 21: [embedding; hidden], the order of the released weights.
+        return self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), -1))
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3, or a dense Qwen or Llama, as the config says."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        layers = [Block(config, i) for i in range(config.num_hidden_layers)]
+        layers += [MTPBlock(config, config.num_hidden_layers)] * config.num_nextn_predict_layers
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(layers),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        ))  # fmt: skip
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """V3 4.2: every matrix from N(0, 0.006^2); norms are ones, biases zeros."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Logits, BTV. See `hidden` for packed rows."""
+        hidden_BTD, _ = self.hidden(tokens_BT, positions_BT)
+        return self.lm_head(hidden_BTD)
+
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, *,
+        cache_MBSX: Tensor | None = None, routes_BTMA: Tensor | None = None,
+    ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
+        """The normed output of the last block, BTD, and what each router decided.
+
+        positions_BT: a document starts wherever it is 0, and attends to itself alone; several may
+        share a row. None: one document a row.
+        cache_MBSX: from `new_cache`, filled at the positions. With T > 1 the rows are prefilled from
+        position 0; with T = 1 each row goes on at its own position, in absorbed form.
+        routes_BTMA: experts to use instead of the routers' choice (-1: the router chooses), in the
+        order of the MoE layers.
+        """
+        rows = self.rows(tokens_BT, positions_BT, packed=cache_MBSX is None)
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        routings: list[Routing] = []
+        for i, block in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+            cache_BSX = None if cache_MBSX is None else cache_MBSX[i]
+            route = (
+                None
+                if routes_BTMA is None or not block.is_moe
+                else routes_BTMA[:, :, len(routings)]
+            )
+            x_BTD, routing = block(x_BTD, rows, cache_BSX, route)
+            if routing is not None:
+                routings.append(routing)
+        return self.model.norm(x_BTD), routings
+
+    def logprobs(
+        self, tokens_BT: Tensor, positions_BT: Tensor, mask_BT: Tensor, *,
+        temperature: float = 1.0, routes_BTMA: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Routing]]:  # fmt: skip
+        """For each masked token, in row order: its log-probability given what stands before it in
+        its document, and the entropy of that distribution (N, N); then what `hidden` returns.
+
+        The first token of a document has nothing before it and may not be masked.
+        """
+        hidden_BTD, routings = self.hidden(tokens_BT, positions_BT, routes_BTMA=routes_BTMA)
+        before_ND = hidden_BTD[:, :-1][mask_BT[:, 1:]]
+        logprobs_N, entropy_N = kernels.linear_logprob(
+            before_ND, self.lm_head.weight, tokens_BT[mask_BT], temperature
+        )
+        return logprobs_N, entropy_N, hidden_BTD, routings
+
+    def rows(self, tokens_BT: Tensor, positions_BT: Tensor | None, packed: bool) -> Rows:
+        B, T = tokens_BT.shape
+        device = tokens_BT.device
+        segments_BT = None
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=device).expand(B, T)
+        elif packed:
+            segments_BT = (positions_BT == 0).cumsum(1)
+        angles_BTr = positions_BT.unsqueeze(-1) * rope_frequencies(self.config, device)
+        factor = yarn_mscale(self.config, "mscale") / yarn_mscale(self.config, "mscale_all_dim")
+        dtype = torch.promote_types(torch.float32, self.lm_head.weight.dtype)
+        cos, sin = (angles_BTr.cos() * factor).to(dtype), (angles_BTr.sin() * factor).to(dtype)
+        return Rows(positions_BT, segments_BT, cos, sin)
+
+    def predict_second_next(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """MTP: the hidden states, BT'D with T' = T - 1, from which lm_head predicts the token at
+        t + 2, given those of `hidden` and the tokens. At the last position of a document the result
+        means nothing: leave it out of the loss."""
+        mtp = self.model.layers[self.config.num_hidden_layers]
+        earlier = None if positions_BT is None else positions_BT[:, :-1]
+        rows = self.rows(tokens_BT[:, :-1], earlier, packed=True)
+        x_BTD = mtp.merge(hidden_BTD[:, :-1], self.model.embed_tokens(tokens_BT[:, 1:]))
+        x_BTD, routing = mtp(x_BTD, rows)
+        return mtp.shared_head.norm(x_BTD), routing
+
+    def new_cache(self, rows: int, length: int) -> Tensor:
+        """Room for `length` tokens in each of `rows` rows: one vector per token and layer, MBSX."""
+        weight, config = self.lm_head.weight, self.config
+        shape = (config.num_hidden_layers, rows, length, config.cache_width)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    def num_parameters(self, mtp: bool = False) -> int:
+        """With or without the multi-token prediction layer."""
+        skipped = f"model.layers.{self.config.num_hidden_layers}."
+        kept = (p for name, p in self.named_parameters() if mtp or not name.startswith(skipped))
+        return sum(p.numel() for p in kept)

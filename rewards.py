@@ -1,0 +1,300 @@
+"""The rule rewards of R1-Zero: is the answer right, and is the output laid out as asked?
+
+Where it stands in the paper: section 2.2.2. R1-Zero learns from rules alone, because a learned
+reward model can be fooled by the policy it trains. So can a rule: thousands of outputs per step
+search for its weak spot. Hence one habit throughout: what is ambiguous, unclosed or unreadable
+earns 0. The language reward is R1's (2.3.2); the vote is the evaluation's cons@k.
+
+The paper does not report how answers are matched. Here:
+  - nothing that a model writes is ever executed: `re` and `fractions` read it all;
+  - only ASCII digits make numbers: Python's `int` would also accept an Arabic-Indic three;
+  - tags count exactly as the template writes them, in lower case.
+
+`think_in_prompt`: R1-Zero's prompt ends in `Assistant:` and the policy writes `<think>` itself;
+R1's chat template has already written it, so the output starts inside the reasoning.
+
+Read next: grpo.py, which turns these numbers into advantages.
+Run: python -m pytest tests/test_rewards.py
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+
+# ---- the final answer ------------------------------------------------------------------
+
+THINK_TAG = re.compile(r"</?think>")
+ANSWER_TAG = re.compile(r"</?answer>")
+TAG = re.compile(r"</?(?:think|answer)>")
+BOX = re.compile(r"\\boxed\s*")
+
+
+def split_reasoning(response: str, think_in_prompt: bool) -> tuple[str, str | None]:
+    """The reasoning, and the text after it: None where the reasoning has no clear end.
+
+    Without any think tag, the whole response is both. With broken ones, all of it is reasoning.
+    """
+    if think_in_prompt:
+        response = "<think>" + response
+    tags = THINK_TAG.findall(response)
+    if not tags:
+        return response, response
+    if tags not in (["<think>", "</think>"], ["</think>"]):
+        return response, None  # never closed, closed twice, reopened: where would the answer start?
+    reasoning, _, rest = response.partition("</think>")
+    return reasoning, rest
+
+
+def closing_brace(text: str, start: int) -> int:
+    """Index of the brace that closes the one at `start`, or -1; escaped braces do not count."""
+    depth = 0
+    for token in re.compile(r"\\.|[{}]").finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(token[0], 0)
+        if depth == 0:
+            return token.start()
+    return -1
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last \\boxed{...}; None if it is unclosed, nested or without braces."""
+    content = None
+    box = BOX.search(text)
+    while box:
+        start = box.end()
+        end = closing_brace(text, start) if text.startswith("{", start) else start
+        if end < 0:
+            return None  # unclosed: it swallows all that follows, later boxes included
+        content = text[start + 1 : end]
+        box = BOX.search(text, end)
+    return None if content and BOX.search(content) else content
+
+
+def extract_answer(response: str, *, think_in_prompt: bool = False) -> str | None:
+    """The last <answer>...</answer> or \\boxed{...} after the reasoning, or None.
+
+    There is no second chance: if the last one is malformed, an earlier one is not taken instead.
+    """
+    _, text = split_reasoning(response, think_in_prompt)
+    if text is None:
+        return None
+    tags = ANSWER_TAG.findall(text)
+    if tags != ["<answer>", "</answer>"] * (len(tags) // 2):
+        return None  # unclosed, doubled or nested
+    before, _, after = text.rpartition("</answer>")
+    answer = last_box(after)
+    if tags and not BOX.search(after):
+        answer = before.rpartition("<answer>")[2]
+        boxes = BOX.findall(answer)
+        if boxes:  # one box is a commitment, whatever the words around it; two are two offers
+            answer = last_box(answer) if len(boxes) == 1 else None
+    return (answer or "").strip() or None
+
+
+# ---- mathematics -----------------------------------------------------------------------
+
+MAX_ANSWER = 1000  # characters; bounds the time and the size of every number below
+
+# What LaTeX adds to an answer. Most of it becomes a space, not nothing, lest two digits join.
+DRESS = (
+    (r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r" \1 "),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
+    (r"\\!", ""),
+    (r"\{,\}", ","),
+    (r"\\?\$", " "),  # delimits mathematics or marks money: the question has fixed the currency
+    (r"\\(?:left|right)(?![A-Za-z])|\\[,;: ()\[\]]|~", " "),
+    (r"\\([%{}])", r"\1"),
+    ("\N{MINUS SIGN}", "-"),
+    (r"\s*([-+*/=^()\[\]])\s*", r"\1"),  # not the comma: "1, 234" are two numbers
+)
+
+NUMBER = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+FRAC = re.compile(rf"^([+-]?)\\frac\{{(-?{NUMBER})\}}\{{({NUMBER})\}}(?=[ %]|$)")
+QUANTITY = re.compile(rf"([+-]?{NUMBER})(?:/({NUMBER}))?( ?%| [a-z]+)?")
+BRACKETS = re.compile(r"([(\[{])([^()\[\]]*)([)\]}])")
+
+
+def undress(text: str) -> str:
+    """The answer without LaTeX's wrappers and spacing, in lower case."""
+    text = text.strip()
+    if text.startswith("\\boxed{") and closing_brace(text, 6) == len(text) - 1:
+        text = text[7:-1]
+    for pattern, replacement in DRESS:
+        text = re.sub(pattern, replacement, text)
+    return " ".join(text.casefold().split()).rstrip(". ")
+
+
+def quantity(text: str) -> tuple[Fraction, str] | None:
+    """A number (1,234, -3.50, 3/4 or \\frac{3}{4}) and its unit: "", "%" or one word."""
+    match = QUANTITY.fullmatch(FRAC.sub(r"\1\2/\3", text))
+    if match is None:
+        return None
+    above, below = (Fraction((part or "1").replace(",", "")) for part in match.groups()[:2])
+    return (above / below, (match[3] or "").strip()) if below else None
+
+
+@lru_cache(maxsize=1024)  # a gold meets its whole group of outputs, an answer the whole vote
+def canonical(text: str) -> object:
+    """The form that equal answers share: a quantity, the items between two brackets, or a text.
+
+    To accept more of mathematics, give more answers the same form here; all comparisons follow.
+    """
+    text = undress(text)
+    brackets = BRACKETS.fullmatch(text)
+    if brackets:
+        items = tuple(quantity(item.strip()) or item.strip() for item in brackets[2].split(","))
+        kind = brackets[1] + brackets[3]
+        return kind, frozenset(items) if kind == "{}" else items  # a set has no order
+    return quantity(text) or re.sub(r"\s*,\s*", ",", text)
+
+
+def math_equal(prediction: str | None, gold: str) -> bool:
+    """Whether the two are one answer: exact as numbers, unit for unit, otherwise as text.
+
+    Raises ValueError on a blank gold, which would otherwise reward a blank prediction.
+    """
+    if len(gold) > MAX_ANSWER:
+        return False
+    wanted = canonical(gold)
+    if wanted == "":
+        raise ValueError(f"gold is {gold!r}; it must hold an answer: drop this question")
+    if prediction is None or len(prediction) > MAX_ANSWER:
+        return False
+    return canonical(prediction) == wanted
+
+
+# ---- Countdown: reach a target from given numbers, each used exactly once --------------
+
+MAX_DEPTH = 20  # nested parentheses; Python's own stack is the limit this stays away from
+COUNTDOWN_GOLD = re.compile(r"(0|-?[1-9][0-9]*) from ((?:0|[1-9][0-9]*)(?: (?:0|[1-9][0-9]*))*)")
+
+
+def parse_sum(tokens: list[str], depth: int) -> Fraction:
+    """sum := product (("+" | "-") product)*; takes its tokens from the list's end."""
+    value = parse_product(tokens, depth)
+    while tokens[-1] in ("+", "-"):
+        add = tokens.pop() == "+"
+        term = parse_product(tokens, depth)
+        value = value + term if add else value - term
+    return value
+
+
+def parse_product(tokens: list[str], depth: int) -> Fraction:
+    """product := atom (("*" | "/") atom)*"""
+    value = parse_atom(tokens, depth)
+    while tokens[-1] in ("*", "/"):
+        multiply = tokens.pop() == "*"
+        factor = parse_atom(tokens, depth)
+        value = value * factor if multiply else value / factor
+    return value
+
+
+def parse_atom(tokens: list[str], depth: int) -> Fraction:
+    """atom := number | "(" sum ")". No signs: in Countdown a minus subtracts."""
+    token = tokens.pop()
+    if token == "(" and depth < MAX_DEPTH:
+        value = parse_sum(tokens, depth + 1)
+        if tokens.pop() != ")":
+            raise ValueError("a parenthesis is not closed")
+        return value
+    if token[0] not in "0123456789":  # str.isdigit would let other scripts' digits pass
+        raise ValueError(f"{token!r} where a number or a parenthesis belongs")
+    return Fraction(token)
+
+
+def countdown_equal(expression: str | None, gold: str) -> bool:
+    """Whether the expression, with or without "= TARGET", makes the target exactly.
+
+    gold reads "TARGET from N1 N2 ...", e.g. "24 from 3 8 1"; anything else raises ValueError.
+    """
+    task = COUNTDOWN_GOLD.fullmatch(gold)
+    if task is None:
+        raise ValueError(f"gold is {gold!r}; write 'TARGET from N1 N2 ...', e.g. '24 from 3 8 1'")
+    target, numbers = task[1], task[2].split()
+    if expression is None or len(expression) > MAX_ANSWER:
+        return False
+    expression, equals, claimed = expression.partition("=")
+    if equals and claimed.strip() != target:
+        return False
+    if sorted(re.findall("[0-9]+", expression)) != sorted(numbers):
+        return False  # a number is missing, reused, invented or glued from digits
+    tokens = ["end", *reversed(re.findall(r"[0-9]+|\S", expression))]
+    try:
+        return parse_sum(tokens, depth=0) == Fraction(target) and tokens == ["end"]
+    except (ValueError, ZeroDivisionError):  # not an expression, or it divides by zero
+        return False
+
+
+# ---- the rewards -----------------------------------------------------------------------
+
+CHECKERS = {"math": math_equal, "countdown": countdown_equal}
+
+
+def accuracy_reward(
+    response: str, gold: str, check: Callable = math_equal, *, think_in_prompt: bool = False
+) -> float:
+    """1.0 if the final answer passes `check` against gold, else 0.0."""
+    return float(check(extract_answer(response, think_in_prompt=think_in_prompt), gold))
+
+
+def format_reward(response: str, *, think_in_prompt: bool = False) -> float:
+    """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer>."""
+    if think_in_prompt:
+        response = "<think>" + response  # so a second one in the response fails below
+    if TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return 0.0
+    before, reasoning, between, answer, after = TAG.split(response)
+    blank = not (before + between + after).strip()
+    # Something visible in each: a zero-width space is not white space to str.strip.
+    filled = [any(c.isprintable() and c != " " for c in part) for part in (reasoning, answer)]
+    return float(blank and all(filled))
+
+
+HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+LANGUAGES = {"en": "A-Za-z\u00c0-\u024f", "zh": HAN}  # the letters of each language's script
+
+
+def language_reward(response: str, language: str, *, think_in_prompt: bool = False) -> float:
+    """The share of the reasoning's words that are in the script of `language` ("en" or "zh").
+
+    A word is a run of two or more letters (one letter is a variable), or a single Han character:
+    finding Chinese words needs a dictionary. Without words nothing is mixed, so the share is 1.0.
+    """
+    if language not in LANGUAGES:
+        raise ValueError(f"language is {language!r}; use one of {', '.join(LANGUAGES)}")
+    reasoning, _ = split_reasoning(response, think_in_prompt)
+    reasoning = re.sub(r"\\[A-Za-z]+", " ", TAG.sub(" ", reasoning))  # LaTeX is no language
+    letters = "".join(c if c.isalpha() else " " for c in reasoning)
+    words = re.findall(rf"[{HAN}]|[^\s{HAN}]{{2,}}", letters)
+    ours = re.compile(f"[{LANGUAGES[language]}]+")
+    # R1 2.3.2: Reward_language = Num(Words_target) / Num(Words)
+    return sum(ours.fullmatch(word) is not None for word in words) / len(words) if words else 1.0
+
+
+# ---- measures for the evaluation -------------------------------------------------------
+
+REFLECTIVE = "wait|mistake|however|but|retry|error|verify|wrong|evaluate|check"  # the paper's list
+REFLECTIVE_ZH = "等等|等一下|错误|然而|但是|重试|验证|不对|检查"  # our addition, not the paper's
+
+
+def reflections(response: str) -> int:
+    """How often a reflective word occurs; whole words in English, anywhere in unspaced Chinese."""
+    english = re.findall(rf"\b(?:{REFLECTIVE})\b", response, re.IGNORECASE | re.ASCII)
+    return len(english) + len(re.findall(REFLECTIVE_ZH, response))
+
+
+def majority(answers: list[str | None], check: Callable = math_equal) -> str | None:
+    """cons@k: the first answer of the largest group equal under `check`; ties go to the earliest.
+
+    None and blanks do not vote. All correct Countdown expressions are equivalent, yet before the
+    vote none is known to be correct: count those by their text, with check=operator.eq.
+    """
+    # By text first: k answers are mostly a few texts, and each pair of texts costs a comparison.
+    ballots = Counter(answer for answer in answers if answer and undress(answer[:MAX_ANSWER]))
+    groups: dict[str, int] = {}
+    for answer, votes in ballots.items():
+        leader = next((other for other in groups if check(answer, other)), answer)
+        groups[leader] = groups.get(leader, 0) + votes
+    return max(groups, key=groups.__getitem__, default=None)

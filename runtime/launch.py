@@ -1,0 +1,133 @@
+"""How a program starts and ends: device, threads, seeds, the process group; signals and exit codes.
+
+It is no part of the method. Read next: parallel.py.
+"""
+
+import errno
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime import parallel
+from runtime.checkpoint import latest, step_path
+from runtime.flags import UserError, nearest
+
+stop = SimpleNamespace(signal=0, at=0.0)  # which signal asked this process to stop, and when
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+def check_finite(loss: float, step: int, checkpoints: str | Path | None = None) -> None:
+    """Raise Diverged where the loss is NaN or infinite: call it before the weights are changed."""
+    loss = float(loss)
+    if math.isfinite(loss):
+        return
+    last = latest(checkpoints) if checkpoints else None
+    kept = "" if last is None else f"; the last good checkpoint is {step_path(checkpoints, last)}"
+    raise Diverged(f"the loss is {loss} at step {step}{kept}; try a lower --lr")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """This process's device: with "auto" or "cuda" under torchrun, each rank has its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = ("auto", "cpu", "cuda", "mps")
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--device {name} can't be used ({reason}); it takes {', '.join(known)}"
+            f"{nearest(name, known)}"
+        ) from error
+    return device
+
+
+def launch(
+    main: Callable[[Any], None], config: Any, user_errors: tuple[type[Exception], ...] = ()
+) -> None:
+    """Run main(config) with threads, seeds and the process group set, and end the process well.
+
+    The config's fields `threads`, `seed` and `device` are heeded where it has them. Exit codes: 2
+    for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
+    diverged loss or a full disk, each with one line in place of a traceback; 130 after Ctrl-C, 143
+    after SIGTERM.
+    """
+    files = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    try:
+        _prepare(config)
+        main(config)
+    except (UserError, *files, *user_errors) as error:
+        _fail(error, 2)
+    except Diverged as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + (stop.signal or signal.SIGINT))
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        name = getattr(error, "filename", None) or getattr(config, "out", "")
+        _fail(f"{name}: the disk is full; free some space, then --resume", 1)
+    parallel.shutdown()
+    if stop.signal:
+        sys.exit(128 + stop.signal)
+
+
+def _prepare(config: Any) -> None:
+    if getattr(config, "threads", None):
+        torch.set_num_threads(config.threads)
+    if (seed := getattr(config, "seed", None)) is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    parallel.init(pick_device(getattr(config, "device", "cpu")))
+
+
+def _fail(error: Exception | str, code: int) -> None:
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}"
+    if not parallel.is_main():
+        # Where all ranks fail alike, rank 0 says it, and torchrun ends this one in its sleep.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+        error = f"[rank {parallel.rank()}] {error}"
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Also where a library has wrapped the system's error in one of its own."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def ask_to_stop(number: int, frame: Any) -> None:
+    """The first signal asks the loop to stop; the second stops it where it is."""
+    now = time.monotonic()
+    if stop.signal and now - stop.at < 1:
+        return  # the same key press, passed on by a terminal and by a launcher such as `uv run`
+    if stop.signal:
+        raise KeyboardInterrupt
+    stop.signal, stop.at = number, now
+    if parallel.is_main():  # os.write: print may not be entered a second time
+        os.write(2, b"\nsaving after this step; press Ctrl-C again to quit now\n")

@@ -1,0 +1,125 @@
+"""Data parallel under torchrun: each helper is the identity on one process.
+
+Every rank holds the whole model and works on its share of the batch. The recipes call these helpers
+without asking how many processes there are; with checkpoint.py this is the only file that knows
+torch.distributed. It is no part of the method.
+
+Read next: checkpoint.py.
+
+    torchrun --nproc_per_node=2 train_zero.py
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# A rank that fails ends its process, and torchrun then ends the others. The timeout is for what
+# torchrun cannot see, a rank that is alive and never comes.
+TIMEOUT = timedelta(minutes=30)
+
+
+def init(device: torch.device | str = "cpu") -> None:
+    """Join the process group when torchrun started this process; otherwise do nothing."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # gloo as well: counts, flags and Python objects are summed and gathered on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    all_sum(0)  # and not dist.barrier(), which would take a GPU of its own choice
+
+
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share: item i goes to rank i mod the number of ranks.
+
+    The j-th of the share is item `rank() + j * world_size()`, or `shard(range(len(items)))[j]`.
+    """
+    return items[rank() :: world_size()]
+
+
+def gather_list(items: Sequence[T]) -> list[T]:
+    """The items of all ranks in their global order, on every rank: the inverse of `shard`."""
+    if world_size() == 1:
+        return list(items)
+    shares: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(shares, list(items))
+    total = sum(len(share) for share in shares)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+def all_sum(value: T) -> T:
+    """The sum over ranks of a number, or of a tensor (the given one is left as it is)."""
+    if world_size() == 1:
+        return value
+    if isinstance(value, Tensor):
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+    total = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module) -> None:
+    """Replace each gradient by its sum over ranks; a rank without one counts as zeros.
+
+    A sum and not a mean: each rank's loss is weighted by counts over the whole batch, so its
+    gradient is a share of the batch's, and the shares add up to the same update on any number of
+    ranks. And not DistributedDataParallel: to call a method of the model past that wrapper skips
+    the reduction without a word.
+    """
+    if world_size() == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # A parameter that no rank used keeps no gradient, as on one process: a zero one would make
+    # the optimizer decay it.
+    used = all_sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32))
+    alike: dict[tuple, list[nn.Parameter]] = {}
+    for p, ranks in zip(parameters, used.tolist()):
+        if ranks:
+            alike.setdefault((p.dtype, p.device), []).append(p)
+    for group in alike.values():  # one all_reduce for each, in place of one for each parameter
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for p, summed in zip(group, flat.split([p.numel() for p in group])):
+            p.grad = summed.view_as(p)
+
+
+@torch.no_grad()
+def broadcast_model(model: nn.Module) -> None:
+    """Rank 0's parameters and buffers on every rank."""
+    if world_size() == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor, src=0)

@@ -1,0 +1,237 @@
+"""What every recipe needs around its algorithm: a run directory, metrics, timing, progress, exits.
+
+    def main(config):
+        run = Run(config.out, config, resume=config.resume, may_change=("steps",))
+        ...
+
+    if __name__ == "__main__":
+        launch(main, parse(Config, PRESETS))
+
+It is no part of the method. Steps are counted by what is done: the line of step 7 is written after
+the 7th update, and checkpoint 7 holds the state after it.
+
+Read next: flags.py, parallel.py, checkpoint.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from runtime import parallel
+from runtime.flags import UserError, flag, parse
+from runtime.launch import Diverged, ask_to_stop, check_finite, launch, pick_device, stop
+
+__all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
+           "progress"]  # fmt: skip
+
+FREE_TO_CHANGE = ("out", "resume", "device", "threads")  # on --resume
+LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to another name, then by rename."""
+    new = path.with_name(f".{path.name}.new")
+    with new.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+class Timer:
+    """One passage through a phase; the recipe adds the tokens it worked on."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+class Run:
+    """The directory of a run: config.json, metrics.jsonl and whatever the recipe puts beside them.
+
+    Only rank 0 writes. Raises UserError where `out` holds a run already, unless told to resume or
+    to overwrite it, and where the resumed run had another config.
+    """
+
+    def __init__(
+        self, out: str | Path, config: Any, *, resume: bool = False, overwrite: bool = False,
+        may_change: tuple[str, ...] = (),
+    ):  # fmt: skip
+        self.out = Path(out)
+        self.metrics = self.out / "metrics.jsonl"
+        self.seconds: Counter[str] = Counter()  # by phase, over all of the run
+        self._recent: dict[str, Timer] = {}  # by phase, since the last `timing()`
+        self._file = None
+        if parallel.is_main():
+            free = (*FREE_TO_CHANGE, *may_change)
+            self._open(dataclasses.asdict(config), resume, overwrite, free)
+        parallel.barrier()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask_to_stop)
+
+    def _open(self, config: dict, resume: bool, overwrite: bool, free: tuple[str, ...]) -> None:
+        config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
+        saved = self.out / "config.json"
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file: give a directory")
+        if overwrite and self.metrics.exists():
+            shutil.rmtree(self.out)
+        if (saved.exists() or self.metrics.exists()) and not resume:
+            raise UserError(
+                f"{self.out} holds a run already: --resume continues it; or give another --out"
+            )
+        if saved.exists():
+            before = json.loads(saved.read_text())
+            changed = [
+                f"--{name.replace('_', '-')} was {before.get(name)!r}, now {config.get(name)!r}"
+                for name in {**before, **config}
+                if name not in free and before.get(name) != config.get(name)
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.out} can't be resumed with another config: {'; '.join(changed)}. Give"
+                    " the same flags, or another --out"
+                )
+        elif resume:
+            print(f"{self.out}: no run to resume; starting one", file=sys.stderr)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.save_json("config.json", config)
+        self._keep(lambda line: True)
+
+    def save_json(self, name: str, value: Any) -> None:
+        """Write out/name, whole or not at all."""
+        if parallel.is_main():
+            write_file(self.out / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def log(self, *, phase: str, step: int, **values: Any) -> None:
+        """Append a line to metrics.jsonl. Log a step before saving its checkpoint: a kill in
+        between repeats the step and its line, where the other order would lose the line."""
+        if self._file:
+            line = {"phase": phase, "step": step, **_plain(values)}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def rewind(self, phase: str, step: int) -> None:
+        """On resuming after `step` (0: at the beginning): drop the phase's later lines, which will
+        be written again."""
+        if self._file:
+            self._keep(lambda line: line["phase"] != phase or line["step"] <= step)
+
+    def _keep(self, wanted: Callable[[dict], bool]) -> None:
+        """Rewrite metrics.jsonl with the wanted lines only, and without a half-written last one."""
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        kept, self.seconds = [], Counter()
+        for number, row in enumerate(text.split("\n")[:-1], 1):  # the last holds no whole line
+            try:
+                line = json.loads(row)
+                keep = wanted(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.metrics}:{number}: not a line of metrics; delete that line, or give"
+                    " another --out"
+                ) from None
+            if keep:
+                kept.append(row + "\n")
+                for key, value in line.items():
+                    if key.startswith("seconds_"):
+                        self.seconds[key.removeprefix("seconds_")] += value
+        if self._file:
+            self._file.close()
+        write_file(self.metrics, "".join(kept).encode())
+        self._file = self.metrics.open("a")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Timer]:
+        """Time a passage: `with run.phase("rollout") as timer: ...; timer.tokens += n`."""
+        timer = Timer()
+        start = _now()
+        try:
+            yield timer
+        finally:
+            timer.seconds = _now() - start
+            recent = self._recent.setdefault(name, Timer())
+            recent.seconds += timer.seconds
+            recent.tokens += timer.tokens
+            self.seconds[name] += timer.seconds
+
+    def timing(self) -> dict[str, float]:
+        """For `log`: seconds, and tokens per second, of each phase since the last call."""
+        recent, self._recent = self._recent, {}
+        numbers = {f"seconds_{name}": round(timer.seconds, 4) for name, timer in recent.items()}
+        for name, timer in recent.items():
+            if timer.tokens:
+                numbers[f"tokens_per_second_{name}"] = round(timer.tokens / timer.seconds, 1)
+        return numbers
+
+    def peak_memory(self) -> dict[str, float]:
+        """MB that this process held at most, and that its GPU held."""
+        numbers = {}
+        if sys.platform != "win32":
+            import resource  # there is none on Windows
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            numbers["peak_mb"] = round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+        if torch.cuda.is_available():
+            numbers["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        return numbers
+
+    @property
+    def stopping(self) -> bool:
+        """Whether Ctrl-C or SIGTERM asked to stop. All ranks must ask at the same point of the
+        loop, so that they save the same step; the recipe then saves and returns."""
+        return parallel.all_sum(int(stop.signal > 0)) > 0
+
+
+def _now() -> float:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # else a phase ends before its kernels do
+    return time.perf_counter()
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of torch and numpy as Python's; what is not finite as None, which JSON can hold."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Lines:
+    """A file for tqdm where there is no terminal: now and then a line in place of a moving bar."""
+
+    def __init__(self):
+        self.last, self.at = "", time.monotonic()
+
+    def write(self, text: str) -> None:
+        self.last = text.strip() or self.last
+        ended = text == "\n"
+        if self.last and (ended or time.monotonic() - self.at > LINE_EVERY):
+            print(self.last, file=sys.stderr, flush=True)
+            self.last, self.at = "", time.monotonic()
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(total: int, description: str, initial: int = 0) -> tqdm:
+    """A progress bar on rank 0: call update(), set_postfix(...), close(), as of any tqdm."""
+    options = dict(total=total, desc=description, initial=initial, disable=not parallel.is_main())
+    if sys.stderr.isatty():
+        return tqdm(dynamic_ncols=True, **options)
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return tqdm(file=_Lines(), bar_format=line, mininterval=1, **options)

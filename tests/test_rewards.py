@@ -1,0 +1,651 @@
+"""Tests of rewards.py: what must score, what must not, and how long a hostile output may take."""
+
+import operator
+import re
+import time
+from fractions import Fraction
+
+import pytest
+
+import rewards
+from rewards import accuracy_reward, countdown_equal, extract_answer, format_reward
+from rewards import language_reward, majority, math_equal, reflections
+
+GOOD = "<think> 6 * 7 </think> <answer> 42 </answer>"
+HUGE = 300_000  # characters: more than an output of 32,768 tokens
+
+
+# ---- the final answer ------------------------------------------------------------------
+
+ACCEPTED = [  # every response here must score 1 against "42", or the hostile ones prove nothing
+    GOOD,
+    "<think> 6 * 7 </think> <answer>$42$</answer>",
+    "<think> 6 * 7 </think> The answer is \\boxed{42}.",
+    "<think> 6 * 7 </think> <answer> So it is \\boxed{42}. </answer>",
+    "<think> 6 * 7 </think> <answer>41</answer> No: <answer>42</answer>",
+    "<think> 6 * 7 </think> \\boxed{41} <answer>42</answer>",
+    "<think> 6 * 7 </think> <answer>41</answer> \\boxed{42}",
+    "<think> perhaps \\boxed{41} or <answer>43 </think> <answer>42</answer>",
+    "<think> 6 * 7 </think> Write \\boxed around it: \\boxed {42}",
+    "no reasoning, \\boxed{42}",
+    "<answer>42</answer>",
+    "the opening tag is missing </think> <answer>42</answer>",
+    "<think>\n6 * 7\n</think>\n<answer>\n42.0\n</answer>",
+]
+
+HOSTILE = [  # every response here must score 0 against "42"
+    # nothing offered
+    "",
+    " \n ",
+    "42",
+    "The answer is 42.",
+    "answer: 42",
+    "<think> 42 </think>",
+    "<think> 6 * 7 </think> 42",
+    # inside the reasoning, or no end of the reasoning
+    "<think> \\boxed{42} </think>",
+    "<think> <answer>42</answer> </think>",
+    "<think> \\boxed{42} </think> The answer is above.",
+    "<think> <answer>42</answer> </think> <answer>41</answer>",
+    "<think> \\boxed{42}",
+    "<think> <answer> 42 </answer>",
+    "<think> 6 * 7 <answer> 42 </answer> <think>",
+    "</think> <think> <answer> 42 </answer>",
+    "<think> a </think> <think> <answer> 42 </answer>",
+    "<think> a </think> <think> b </think> <answer> 42 </answer>",
+    "<think> a </think> </think> <answer> 42 </answer>",
+    "<think> <think> a </think> <answer> 42 </answer>",
+    "<think> a < /think> <answer> 42 </answer>",
+    "<think> a </THINK> <answer> 42 </answer>",
+    # malformed last tag or box
+    "<think> a </think> <answer> 42",
+    "<think> a </think> 42 </answer>",
+    "<think> a </think> </answer> 42 <answer>",
+    "<think> a </think> <answer> 42 </answer></answer>",
+    "<think> a </think> <answer><answer> 42 </answer>",
+    "<think> a </think> <answer><answer> 42 </answer></answer>",
+    "<think> a </think> <answer> 42 <answer>",
+    "<think> a </think> <answer> 42 </answer> <answer>",
+    "<think> a </think> <answer> 42 </answer> <answer> </answer>",
+    "<think> a </think> <answer></answer>",
+    "<think> a </think> <ANSWER> 42 </ANSWER>",
+    "<think> a </think> < answer > 42 </ answer >",
+    "<think> a </think> \\boxed{42",
+    "<think> a </think> \\boxed 42",
+    "<think> a </think> \\boxed{}",
+    "<think> a </think> \\boxed{42} \\boxed{",
+    "<think> a </think> \\boxed{42} \\boxed{}",
+    "<think> a </think> \\boxed{42} \\boxed",
+    "<think> a </think> \\boxed{41 \\boxed{42}",
+    "<think> a </think> \\boxed{\\boxed{42}}",
+    "<think> a </think> \\boxed{42\\}",
+    "<think> a </think> <answer> \\boxed{42 </answer>",
+    "<think> a </think> <answer> \\boxed{42 </answer> }",
+    "<think> a </think> <answer> 42 </answer> \\boxed{",
+    # several answers
+    "<think> a </think> <answer> 41 or 42 or 43 </answer>",
+    "<think> a </think> <answer> 42 or 43 </answer>",
+    "<think> a </think> <answer> 42, 43 </answer>",
+    "<think> a </think> <answer> (42, 43) </answer>",
+    "<think> a </think> <answer> \\boxed{42} or \\boxed{43} </answer>",
+    "<think> a </think> <answer> \\boxed{43} or \\boxed{42} </answer>",
+    "<think> a </think> \\boxed{42 \\text{ or } 43}",
+    "<think> a </think> \\boxed{42} no, \\boxed{43}",
+    "<think> a </think> <answer> 42 </answer> <answer> 43 </answer>",
+    "<think> a </think> <answer> 1 2 3 41 42 43 </answer>",
+    # nearly the number, or a trick
+    "<think> a </think> <answer> 4 2 </answer>",
+    "<think> a </think> <answer> 4$2 </answer>",
+    "<think> a </think> <answer> 4\\text{}2 </answer>",
+    "<think> a </think> <answer> 4\\left2 </answer>",
+    "<think> a </think> <answer> 4,2 </answer>",
+    "<think> a </think> <answer> 4_2 </answer>",
+    "<think> a </think> <answer> 42% </answer>",
+    "<think> a </think> <answer> 42 thousand </answer>",
+    "<think> a </think> <answer> -42 </answer>",
+    "<think> a </think> <answer> --42 </answer>",
+    "<think> a </think> <answer> 42.0000000000000000000000001 </answer>",
+    "<think> a </think> <answer> 4\u200b2 </answer>",
+    "<think> a </think> <answer> \u0664\u0662 </answer>",  # Arabic-Indic 42
+    "<think> a </think> <answer> \uff14\uff12 </answer>",  # full-width 42
+    "<think> a </think> <answer> 4\u00b2 </answer>",
+    "<think> a </think> <answer> 0x2a </answer>",
+    "<think> a </think> <answer> 6 * 7 </answer>",
+    "<think> a </think> <answer> int('42') </answer>",
+    "<think> a </think> <answer> __import__('os').system('echo 42') </answer>",
+    "<think> a </think> <answer> None </answer>",
+    "<think> a </think> <answer> the gold answer </answer>",
+    "<think> a </think> <answer> .* </answer>",
+]
+
+
+@pytest.mark.parametrize("response", ACCEPTED)
+def test_a_right_final_answer_earns_one(response):
+    assert accuracy_reward(response, "42") == 1.0
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_a_hostile_response_earns_nothing(response):
+    assert accuracy_reward(response, "42") == 0.0
+
+
+def test_an_answer_inside_the_reasoning_earns_nothing():
+    assert extract_answer("<think> <answer>42</answer> \\boxed{42} </think>") is None
+    assert extract_answer("<answer>42</answer> </think> 41", think_in_prompt=True) is None
+
+
+def test_reasoning_that_never_closes_has_no_answer():
+    assert extract_answer("<think> \\boxed{42}") is None
+    assert extract_answer("\\boxed{42}", think_in_prompt=True) is None
+    assert extract_answer("\\boxed{42}", think_in_prompt=False) == "42"
+
+
+def test_a_reopened_reasoning_has_no_answer_when_the_prompt_opened_it():
+    assert extract_answer("a </think> <answer>42</answer>", think_in_prompt=True) == "42"
+    assert extract_answer("<think> a </think> <answer>42</answer>", think_in_prompt=True) is None
+
+
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{x^{2^{n}}}", "x^{2^{n}}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),  # an escaped brace opens nothing
+        ("\\boxed{1} and \\boxed{2}", "2"),
+        ("<answer>\\boxed{a}</answer>", "a"),
+        ("<answer> x + 1 </answer>", "x + 1"),
+    ],
+)
+def test_the_box_ends_at_its_own_brace(text, content):
+    assert extract_answer(text) == content
+
+
+# ---- mathematics -----------------------------------------------------------------------
+
+EQUAL = [
+    ("42", "42"),
+    (" 42 ", "42"),
+    ("42.", "42"),
+    ("+42", "42"),
+    ("042", "42"),
+    ("-5", "-5"),
+    ("- 5", "-5"),
+    ("\u22125", "-5"),  # the typographic minus
+    ("-0", "0"),
+    ("3.0", "3"),
+    ("3.50", "7/2"),
+    (".5", "0.5"),
+    ("0.1", "1/10"),
+    ("2/4", "1/2"),
+    ("1 / 2", "1/2"),
+    ("-1/2", "-0.5"),
+    ("\\frac{1}{2}", "1/2"),
+    ("\\dfrac{3}{6}", "\\tfrac{1}{2}"),
+    ("\\frac12", "0.5"),
+    ("-\\frac{1}{2}", "-1/2"),
+    ("\\frac{-1}{2}", "-1/2"),
+    ("1,234", "1234"),
+    ("1,234,567.50", "1234567.5"),
+    ("1{,}234", "1,234"),
+    ("1,\\!234", "1234"),
+    ("50%", "50\\%"),
+    ("50.0 %", "50%"),
+    ("$18", "18"),
+    ("\\$18.00", "18"),
+    ("18", "$18"),
+    ("5.0 cm", "5\\text{ cm}"),
+    ("5\\text{cm}", "5 cm"),
+    ("\\frac{1}{2}\\text{ cm}", "0.5 cm"),
+    ("$42$", "42"),
+    ("\\(42\\)", "42"),
+    ("\\boxed{42}", "42"),
+    ("42", "\\boxed{42}"),
+    ("\\text{Paris}", "paris"),
+    ("YES", "yes"),
+    ("New   York", "new york"),
+    ("x + 1", "x+1"),
+    ("a, b", "a,b"),
+    ("\\left( 1, 2 \\right)", "(1,2)"),
+    ("(1/2, 3.0)", "(0.5,3)"),
+    ("[0, 1)", "[0,1)"),
+    ("\\{2, 1\\}", "\\{1, 2.0\\}"),  # a set has no order
+    ("\\left\\{ 2, 1 \\right\\}", "\\{1,2\\}"),
+    ("(1,234)", "(1, 234)"),  # between brackets a comma separates items
+    ("\u0663", "\u0663"),  # as text, another script's digit equals itself
+]
+
+DIFFERENT = [
+    (None, "42"),
+    ("", "42"),
+    ("$$", "42"),
+    ("42 or 43", "42"),
+    ("43 or 42", "42"),
+    ("42, 43", "42"),
+    ("42,43", "42"),
+    ("42; 42", "42"),
+    ("4 2", "42"),
+    ("420", "42"),
+    ("142", "42"),
+    ("(42)", "42"),
+    ("\\{42\\}", "42"),
+    ("1, 234", "1234"),
+    ("1,23", "123"),
+    ("12,34", "1234"),
+    ("0,123", "123"),
+    ("1,2345", "12345"),
+    ("0.333333", "1/3"),
+    ("1/3", "0.333333"),
+    ("3.1415926", "3.1415927"),
+    ("2/1", "1/2"),
+    ("1/2/1", "1/2"),
+    ("1/0", "1"),
+    ("3\\frac{1}{2}", "31/2"),  # three and a half
+    ("\\frac{1}{2}3", "1/23"),
+    ("--5", "5"),
+    ("50%", "0.5"),
+    ("50%", "50"),
+    ("50", "50%"),
+    ("5 cm", "5 m"),
+    ("5 cm", "5"),
+    ("5", "5 cm"),
+    ("1e2", "100"),
+    ("10^2", "100"),
+    ("1_000", "1000"),
+    ("inf", "1"),
+    ("nan", "1"),
+    ("\u0663", "3"),  # Arabic-Indic three: int() would read it
+    ("\uff13", "3"),
+    ("3\u00b2", "32"),
+    ("\u00bd", "1/2"),
+    ("(2,1)", "(1,2)"),
+    ("(0,1)", "[0,1)"),
+    ("(1,2,3)", "(1,2)"),
+    ("(1,2)", "\\{1,2\\}"),
+    ("(1,234)", "1234"),
+    ("par is", "paris"),
+    ("x-1", "x+1"),
+]
+
+
+@pytest.mark.parametrize("prediction, gold", EQUAL)
+def test_equal_answers_are_equal_both_ways(prediction, gold):
+    assert math_equal(prediction, gold) is True
+    assert math_equal(gold, prediction) is True
+
+
+@pytest.mark.parametrize("prediction, gold", DIFFERENT)
+def test_different_answers_are_not_equal(prediction, gold):
+    assert math_equal(prediction, gold) is False
+
+
+@pytest.mark.parametrize("gold", ["", " ", "$$", ".", "\\text{}", "\\boxed{}", "\\$", "\\( \\)"])
+def test_a_blank_gold_is_refused_instead_of_rewarding_a_blank(gold):
+    for prediction in (None, "", gold, "42"):
+        with pytest.raises(ValueError, match="drop this question"):
+            math_equal(prediction, gold)
+
+
+def test_an_unreadable_gold_is_only_equal_to_itself():
+    assert not math_equal("42", "\\frac{}{}")
+    assert not math_equal("", "\\frac{}{}")
+    assert not math_equal("1/0", "2/0")
+
+
+def test_an_overlong_answer_is_equal_to_nothing():
+    assert math_equal("7" * 1000, "7" * 1000)
+    assert not math_equal("7" * 1001, "7" * 1001)
+    assert not math_equal("7" + " " * 1000, "7")
+    assert not math_equal("7", "7" + " " * 1000)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "9" * HUGE,
+        "9" * 1000,
+        "1/" + "9" * 990,
+        "1e" + "9" * 900,
+        "10^{10^{10^{10}}}",
+        "9**9**9**9**9",
+        "," * 1000,
+        " " * HUGE,
+        " " * 999 + "x",
+        "(" * 1000,
+        "{" * 1000,
+        "(" + "1," * 400 + "1)",
+        "\\text{" * 150,
+        "\\boxed{" * 140,
+        "\\frac{1}" * 120,
+        "1,111" * 200,
+        "- " * 500,
+        "\\" * 1000,
+    ],
+)
+def test_no_answer_takes_long_to_compare(prediction):
+    start = time.perf_counter()
+    assert not math_equal(prediction, "42")
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<", "<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "{", "}", "\\"]
+    + ["\\boxed", "\\boxed{", "\\boxed{}", "\\boxed ", "9", " ", "wait ", "但是", "\u0663", "x "],
+)
+def test_no_response_takes_long_to_judge(piece):
+    response = piece * (HUGE // len(piece))
+    for text in (response, "<think> a </think>" + response, "<answer>" + response + "</answer>"):
+        start = time.perf_counter()
+        assert accuracy_reward(text, "42") == format_reward(text) == 0.0
+        assert accuracy_reward(text, "24 from 3 8 1", countdown_equal) == 0.0
+        assert 0 <= language_reward(text, "en") <= 1 and reflections(text) >= 0
+        assert time.perf_counter() - start < 1
+
+
+# ---- Countdown -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "expression, gold",
+    [
+        ("3 * 8 * 1", "24 from 3 8 1"),
+        ("8*3/1", "24 from 3 8 1"),
+        ("(3*8)*1 = 24", "24 from 3 8 1"),
+        ("((3)) * ((8 * 1))", "24 from 3 8 1"),
+        ("8/(3-8/3)", "24 from 8 3 8 3"),  # passes through 1/3, where floats miss 24
+        ("6/(1-3/4)", "24 from 1 3 4 6"),
+        ("1/3+1/3+1/3", "1 from 1 1 1 3 3 3"),
+        ("1 - 4", "-3 from 1 4"),
+        ("1 - 4 = -3", "-3 from 4 1"),
+        ("10 - 4 - 3", "3 from 10 4 3"),  # from the left: 10 - (4 - 3) would be 9
+        ("16 / 4 / 2", "2 from 16 4 2"),
+        ("2 + 3 * 4", "14 from 2 3 4"),
+        ("5 * (0 + 1)", "5 from 0 1 5"),
+        ("7", "7 from 7"),
+        ("1\n+\t2", "3 from 1 2"),
+    ],
+)
+def test_a_right_expression_reaches_its_target(expression, gold):
+    assert countdown_equal(expression, gold) is True
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        None,
+        "",
+        " ",
+        "24",
+        "= 24",
+        "3 * 8",  # the 1 is unused
+        "3 * 8 * 1 * 1",  # reused
+        "3 * 8 + 1 - 1",
+        "4 * 6 * 1",  # invented
+        "3 * 8 * 1 + 0",
+        "38 * 1",
+        "31 - 8 + 1",
+        "3 8 1",
+        "3 8 * 1",
+        "(3)(8)(1)",
+        "3 + 8 + 1",  # 12
+        "3 * 8 * 1 = 25",
+        "3 + 8 + 1 = 24",
+        "3 * 8 * 1 = 24 = 24",
+        "3 * 8 * 1 = 24.0",
+        "3 * 8 * 1 == 24",
+        "3 * 8 * 1 =",
+        "24 = 3 * 8 * 1",
+        "3 * 8 * 1 or 3 + 8 + 1",
+        "3 * 8 * 1, 3 + 8 + 1",
+        "-3 * -8 * 1",
+        "+3 * 8 * 1",
+        "3 - -8 * 1",
+        "--3 * 8 * 1",
+        "3 ** 8 ** 1",
+        "8 // 1 * 3",
+        "8 % 3 * 1",
+        "3 * 8 ^ 1",
+        "3 * 8 | 1",
+        "3 * 8 * 1 #",
+        "3 * 8 * 1;",
+        "3 * 8 * 1.",
+        "3 * 8 * 1.0",
+        "3 * 8 * 01",
+        "3 * 8e1",
+        "3_8_1",
+        "3 * 8 * 1)",
+        "(3 * 8 * 1",
+        ")3 * 8 * 1(",
+        "() 3 * 8 * 1",
+        "3 * 8 *",
+        "* 3 * 8 * 1",
+        "3 * 8 / (1 - 1)",
+        "\u0663 * 8 * 1",  # Arabic-Indic three
+        "\u0661 * 3 * 8 * 1",  # times an Arabic-Indic one: the value would fit
+        "\uff13 * 8 * 1",
+        "3 \u00d7 8 \u00d7 1",  # the game's operators are ASCII
+        "__import__('os').system('true') or 3*8*1",
+        "exec('3*8*1')",
+        "(lambda: 3*8*1)()",
+        "10**10**10",
+        "end 3 * 8 * 1",
+        "3 * 8 * 1 end",
+    ],
+)
+def test_a_hostile_expression_reaches_nothing(expression):
+    assert countdown_equal(expression, "24 from 3 8 1") is False
+
+
+def test_a_division_by_zero_reaches_nothing():
+    assert countdown_equal("8 / (3 - 3)", "0 from 8 3 3") is False
+    assert countdown_equal("0 / 0", "0 from 0 0") is False
+
+
+def test_a_power_is_refused_even_where_its_value_and_numbers_fit():
+    assert countdown_equal("2 ** 3", "8 from 2 3") is False
+    assert countdown_equal("10**10**10", "1 from 10 10 10") is False
+
+
+def test_digits_may_not_be_glued_or_numbers_split():
+    assert countdown_equal("3 8", "38 from 3 8") is False
+    assert countdown_equal("38", "38 from 3 8") is False
+    assert countdown_equal("3 + 8", "11 from 38") is False
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["(" * HUGE + "7" + ")" * HUGE, "(" * 400 + "7" + ")" * 400, "9" * HUGE, "7" + "+7" * HUGE]
+    + ["7" + "*7" * 490, "(" * 1000, "7" + " " * HUGE, "7" + "=7" * 400],
+)
+def test_no_expression_takes_long_or_overflows_the_stack(expression):
+    start = time.perf_counter()
+    assert countdown_equal(expression, "7 from 7") is False
+    assert time.perf_counter() - start < 1
+
+
+def test_nesting_is_allowed_up_to_the_limit():
+    for depth, allowed in ((rewards.MAX_DEPTH, True), (rewards.MAX_DEPTH + 1, False)):
+        assert countdown_equal("(" * depth + "7" + ")" * depth, "7 from 7") is allowed
+
+
+@pytest.mark.parametrize("gold", ["", "24", "24 from", "24 from x", "24 of 3 8 1", "24 from 03 8"])
+def test_a_malformed_countdown_gold_is_refused(gold):
+    with pytest.raises(ValueError, match="TARGET from"):
+        countdown_equal("3 * 8 * 1", gold)
+
+
+def test_the_checker_decides_the_accuracy():
+    response = "<think> a </think> <answer> 3 * 8 * 1 = 24 </answer>"
+    assert accuracy_reward(response, "24 from 3 8 1", rewards.CHECKERS["countdown"]) == 1.0
+    assert accuracy_reward(response, "24", rewards.CHECKERS["math"]) == 0.0
+
+
+# ---- the format ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response",
+    [GOOD, f"\n {GOOD} \n", "<think>a</think><answer>b</answer>"]
+    + ["<think>\n-\n</think>\n<answer>=</answer>", "<think> a < b </think> <answer> <b> </answer>"],
+)
+def test_the_asked_format_earns_one(response):
+    assert format_reward(response) == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "42",
+        "<think> a </think> 42",
+        "<answer> 42 </answer>",
+        "a </think> <answer> 42 </answer>",
+        "<think> a <answer> 42 </answer>",
+        "<think> a </think> <answer> 42",
+        "<think> a </think> 42 </answer>",
+        "<answer> 42 </answer> <think> a </think>",
+        "<think> a <answer> 42 </answer> </think>",
+        "<think> <answer> a </think> 42 </answer>",
+        "x " + GOOD,
+        GOOD + " x",
+        GOOD + "</answer>",
+        GOOD + GOOD,
+        GOOD + "\u200b",
+        "<think> a </think> so <answer> 42 </answer>",
+        "<think></think> <answer> 42 </answer>",
+        "<think> \n </think> <answer> 42 </answer>",
+        "<think> a </think> <answer> </answer>",
+        "<think>\u200b</think> <answer> 42 </answer>",
+        "<think> a </think> <answer>\u3000\xa0\u200b</answer>",
+        "<think><think> a </think> <answer> 42 </answer>",
+        "<think> a </think></think> <answer> 42 </answer>",
+        "<Think> a </Think> <Answer> 42 </Answer>",
+        "<think > a </think > <answer > 42 </answer >",
+        "&lt;think&gt; a &lt;/think&gt; <answer> 42 </answer>",
+    ],
+)
+def test_any_other_format_earns_nothing(response):
+    assert format_reward(response) == 0.0
+
+
+def test_the_opening_tag_belongs_to_the_prompt_or_to_the_response_never_to_both():
+    opened_by_prompt = GOOD.removeprefix("<think>")
+    assert format_reward(GOOD) == 1.0
+    assert format_reward(opened_by_prompt) == 0.0
+    assert format_reward(opened_by_prompt, think_in_prompt=True) == 1.0
+    assert format_reward(GOOD, think_in_prompt=True) == 0.0
+    assert format_reward("</think> <answer> 42 </answer>", think_in_prompt=True) == 0.0
+
+
+def test_a_wrong_answer_in_the_right_format_earns_only_the_format():
+    response = GOOD.replace("42", "41")
+    assert (accuracy_reward(response, "42"), format_reward(response)) == (0.0, 1.0)
+
+
+# ---- the language ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reasoning, english, chinese",
+    [
+        ("so the answer follows", 1, 0),
+        ("所以答案", 0, 1),
+        ("so the 答案", Fraction(2, 4), Fraction(2, 4)),  # two words, two characters
+        ("我们 check 一下", Fraction(1, 5), Fraction(4, 5)),
+        ("用check法", Fraction(1, 3), Fraction(2, 3)),  # no spaces needed between scripts
+        ("так the", Fraction(1, 2), 0),  # a third language counts against both
+        ("その the", Fraction(1, 2), 0),
+        ("x + y = 2x, a \\frac{n}{\\sqrt{m}} \\leq 3", 1, 1),  # variables, LaTeX: no words
+        ("设 x = 5 \\times 3", 0, 1),
+        ("x²y² the", 1, 0),  # a superscript is no letter
+        ("12 345 \u0663\u0664 !? 🙂", 1, 1),
+        ("naïve café", 1, 0),
+        ("", 1, 1),
+    ],
+)
+def test_the_language_reward_is_the_share_of_words(reasoning, english, chinese):
+    response = f"<think>{reasoning}</think> <answer> 答案 mixed </answer>"
+    assert language_reward(response, "en") == float(english)
+    assert language_reward(response, "zh") == float(chinese)
+    assert language_reward(response[7:], "zh", think_in_prompt=True) == float(chinese)
+
+
+def test_without_tags_or_with_broken_ones_everything_is_reasoning():
+    assert language_reward("the 答", "en") == 1 / 2
+    assert language_reward("<think> the 答", "en") == 1 / 2
+    assert language_reward("the <answer> 答 </answer>", "en", think_in_prompt=True) == 1 / 2
+    assert language_reward("<think> the </think> <think> 答 </think>", "en") == 1 / 2
+    assert language_reward("</think> 答 <think> the", "en") == 1 / 2
+
+
+def test_words_cannot_hide_before_the_opening_tag():
+    assert language_reward("答案 <think> the end </think>", "en") == 1 / 2
+
+
+def test_an_unknown_language_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'fr'; use one of en, zh"):
+        language_reward(GOOD, "fr")
+
+
+# ---- reflections and the vote ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, count",
+    [
+        ("Wait, that is a mistake. However, WAIT: but let me retry.", 6),
+        ("error verify wrong evaluate check", 5),
+        ("a button, checked, errors, mistaken, waiting, rebut", 0),
+        ("error-prone (but fine)", 2),
+        ("等等,不对。让我检查一下", 3),
+        ("所以wait这里", 1),
+        ("", 0),
+    ],
+)
+def test_reflections_are_whole_words(response, count):
+    assert reflections(response) == count
+
+
+@pytest.mark.parametrize(
+    "answers, winner",
+    [
+        ([], None),
+        ([None, None], None),
+        ([None, None, None, "7"], "7"),
+        (["", " ", "$$", "."], None),
+        (["$$", "$$", "7"], "7"),
+        (["1", "2", "2"], "2"),
+        (["2", "1", "1", "2"], "2"),  # a tie: the earliest wins
+        (["1", "2", "2", "1"], "1"),
+        (["3", "1/2", "0.5", "3", "\\frac{1}{2}"], "1/2"),  # equal answers vote together
+        (["1,000", "7", "7", "1000", "1000.0"], "1,000"),
+        (["50%", "50", "50"], "50"),
+        (["x" * 2000, "7", "7"], "7"),
+    ],
+)
+def test_the_majority_counts_equal_answers_together(answers, winner):
+    assert majority(answers) == winner
+
+
+def test_the_majority_asks_the_check_it_is_given():
+    answers = ["3*8", "1/2", "8*3", "2/4", "3*8"]
+    assert majority(answers) == "3*8"
+    assert majority(["1/2", "2/4", "3*8", "3*8", "0.5"]) == "1/2"
+    assert majority(["1/2", "2/4", "3*8", "3*8", "0.5"], operator.eq) == "3*8"
+    assert majority(["a1", "b1", "b2", "c2", "d2"], lambda x, y: x[1] == y[1]) == "b2"
+
+
+def test_sixty_four_different_answers_are_counted_quickly():
+    answers = ["(" + "1, " * 100 + f"{i})" for i in range(64)]
+    start = time.perf_counter()
+    assert majority(answers) == answers[0]
+    assert majority([*answers, answers[9]]) == answers[9]
+    assert time.perf_counter() - start < 1
+
+
+def test_the_page_needs_only_the_standard_library_and_executes_nothing():
+    source = open(rewards.__file__, encoding="utf-8").read()
+    imports = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
+    assert set(imports) == {"re", "collections", "fractions", "functools"}
+    assert not any(word + "(" in source for word in ("eval", "exec", "literal_eval", "sympify"))

@@ -1,0 +1,432 @@
+"""R1-Zero: reinforcement learning on a base model, with no supervised step before it (R1 2.2).
+
+    python train_zero.py                                   the toy, from nothing, in minutes
+    python train_zero.py --preset gsm8k --model DIR --data train.jsonl
+    torchrun --nproc_per_node=8 train_zero.py --preset countdown --model DIR
+
+The default run first makes its own base: it pretrains a small DeepSeek-V3 on the corpus of
+data/corpus.py, and goes on only if that base is competent, that is, if it gets single steps of a
+solution right. Below that, RL finds nothing to reinforce and collapses to guesses.
+
+It leaves in --out: base/ and model/ (model directories), metrics.jsonl, config.json, result.json,
+curve.png, checkpoints/.
+
+Departures from the paper, besides size:
+- the toy's prompt has no instruction (data/prompts.py);
+- not reported and chosen here: AdamW without weight decay, a short linear warm-up, gradients
+  clipped at norm 1, eps = 0.2, router biases frozen during RL.
+
+Read next: train_r1.py is not there yet; sample.py shows what came out.
+"""
+
+import copy
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import grpo
+import rewards
+import sft
+from data.corpus import Chain, Corpus, work
+from data.packing import pack
+from data.problems import Generated, Listed, Problem, calc_chain, load
+from data.prompts import build_prompt
+from data.tokenizer import Tokenizer
+from model import Config as ModelConfig
+from model import Transformer
+from runtime import checkpoint, parallel
+from runtime.plot import draw_curve
+from runtime.pretrained import load_pretrained, save_pretrained
+from runtime.run import Run, UserError, check_finite, flag, launch, parse, pick_device, progress
+from sample import evaluate, table
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
+    data: str = flag("calc-chain", "questions: calc-chain, countdown or a JSONL file")
+    test_data: str | None = flag(
+        None, "JSONL file to evaluate on (default: held-out part of --data)"
+    )
+    template: str | None = flag(None, "prompt template, toy or r1-zero (default: the model's own)")
+    out: str = flag("runs/zero", "directory of the run")
+    seed: int = flag(0, "random seed")
+    # The toy's base.
+    pretrain_steps: int = flag(880, "updates of pretraining, of 2048 tokens each")
+    force: bool = flag(False, "go on with a base that is not competent")
+    # R1 2.2.1, and the list of hyperparameters in its appendix.
+    steps: int = flag(160, "updates of RL")
+    questions: int = flag(32, "questions of a rollout")
+    group_size: int = flag(8, "outputs for each question (G)")
+    minibatches: int = flag(2, "updates that follow one rollout")
+    lr: float = flag(5e-4, "learning rate of RL")
+    warmup: int = flag(4, "updates over which the learning rate rises")
+    eps: float = flag(0.2, "clip range of the ratio")
+    eps_high: float | None = flag(None, "upper clip range, where it differs (DAPO)")
+    beta: float = flag(0.001, "weight of the KL to the reference")
+    refresh: int = flag(40, "updates after which the policy becomes the reference")
+    temperature: float = flag(1.0, "sampling temperature of the rollouts")
+    max_new_tokens: int = flag(112, "longest output")
+    raise_at: int = flag(0, "update from which --raised-max-new-tokens holds; 0: never")
+    raised_max_new_tokens: int = flag(0, "longest output from then on")
+    ratio: Literal["token", "sequence"] = flag("token", "what an importance ratio is of")
+    aggregation: Literal["output", "token", "constant"] = flag(
+        "output",
+        "mean over each output's tokens (1/|o|), all tokens (DAPO), or G x longest (Dr. GRPO)",
+    )
+    normalize_std: bool = flag(True, "divide advantages by the group's std")
+    mask_truncated: bool = flag(False, "leave truncated outputs out of the loss (DAPO)")
+    replay_routes: bool = flag(False, "train with the experts used when sampling")
+    # Rewards.
+    reward: Literal["rules", "format", "random"] = flag("rules", "rules, or a control")
+    format_weight: float = flag(1.0, "weight of the format reward beside the accuracy's 1")
+    # Evaluation.
+    eval_problems: int = flag(225, "held-out problems")
+    eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
+    # The machine.
+    save_every: int = flag(20, "updates between checkpoints")
+    device: str = flag("auto", "cpu, cuda or auto")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of the weights; none: as stored")
+    threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
+    resume: bool = flag(False, "continue the run in --out")
+
+    def __post_init__(self):
+        if self.model is None and self.data != "calc-chain":
+            raise UserError(
+                f"--data {self.data} needs --model DIR: the base that this program pretrains"
+                " knows calc-chain only"
+            )
+
+
+COMPETENT = 0.97  # share of single steps; runs below it have been seen to fail
+REAL = dict(lr=1e-6, group_size=16, questions=32, minibatches=4, max_new_tokens=1024, steps=400,
+            refresh=100, save_every=20, eval_samples=4)  # fmt: skip
+PRESETS = {
+    "toy": {},
+    "countdown": {**REAL, "data": "countdown", "out": "runs/countdown"},
+    "gsm8k": {**REAL, "data": "train.jsonl", "out": "runs/gsm8k"},
+    # The published settings: 32 questions x 16 outputs a step, 16 steps for each rollout.
+    "paper": dict(
+        data="train.jsonl",
+        out="runs/paper",
+        template="r1-zero",
+        steps=10400,
+        questions=512,
+        group_size=16,
+        minibatches=16,
+        lr=3e-6,
+        beta=0.001,
+        refresh=400,
+        temperature=1.0,
+        max_new_tokens=32768,
+        raise_at=8200,
+        raised_max_new_tokens=65536,
+    ),  # fmt: skip
+}
+
+
+def main(config: Config) -> None:
+    run = Run(config.out, config, resume=config.resume, may_change=("steps", "save_every"))
+    source, held_out = questions(config)
+    model, tokenizer = load_base(config, run) if config.model else pretrain(config, run)
+    if model is None:  # stopped by Ctrl-C; --resume goes on
+        return
+    base = measure(model, tokenizer, held_out, config, run, "base")
+    model = reinforce(model, tokenizer, source, config, run)
+    if model is None:
+        return
+    save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
+    zero = measure(model, tokenizer, held_out, config, run, "zero")
+    report(base, zero, run)
+
+
+def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
+    """Where the training questions come from, and the held-out ones."""
+    source = load(config.data)
+    test = source if config.test_data is None else load(config.test_data, all_held_out=True)
+    return source, test.held_out(config.eval_problems)
+
+
+# ---- the base model ------------------------------------------------------------------------
+
+
+def load_base(config: Config, run: Run) -> tuple[Transformer, Tokenizer]:
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    model = load_pretrained(config.model, dtype=dtype, device=pick_device(config.device))
+    return model, Tokenizer.load(config.model)
+
+
+def pretrain(config: Config, run: Run, tokens: int = 2048) -> tuple[Transformer | None, Tokenizer]:
+    """Make the toy's base from random weights and the synthetic corpus; None where stopped."""
+    tokenizer = Tokenizer.toy()
+    if (run.out / "base").is_dir():
+        return load_pretrained(run.out / "base", device=pick_device(config.device)), tokenizer
+    model = Transformer(ModelConfig.preset("toy", vocab_size=tokenizer.vocab_size))
+    sft.initialize_small(model, config.seed)
+    device = pick_device(config.device)
+    model.to(device)
+    optimizers = sft.small_optimizers(model, muon_lr=0.02, adam_lr=0.02)
+    state = dict(model=model, muon=optimizers[0], adam=optimizers[1])
+    done = resume(run, "pretrain", state)
+    corpus = Corpus(config.seed, config.pretrain_steps)
+    objective = sft.Objective(bias_step=0.001, rows=16)
+    with progress(config.pretrain_steps, "pretrain", initial=done) as bar:
+        while done < config.pretrain_steps:
+            sft.set_rates(optimizers, sft.warm_constant_decay(done, config.pretrain_steps))
+            with run.phase("pretrain") as timer:
+                texts = parallel.shard(documents(corpus, tokenizer, done, tokens))
+                batch = pack(texts, capacity=128, device=device)
+                trained = sft.sft_step(model, optimizers, batch, objective=objective)
+                timer.tokens += trained.tokens
+            done += 1
+            check_finite(trained.loss, done, run.out / "checkpoints" / "pretrain")
+            bar.update(1)
+            bar.set_postfix(loss=f"{trained.loss:.3f}")
+            if done % 20 == 0:
+                run.log(
+                    phase="pretrain",
+                    step=done,
+                    loss=trained.loss,
+                    grad_norm=trained.grad_norm,
+                    **run.timing(),
+                )
+            if not goes_on(run, "pretrain", done, state, every=200):
+                return None, tokenizer
+    check_competence(model, tokenizer, config, run)
+    save_pretrained(model, run.out / "base", tokenizer_files=tokenizer.files())
+    return model, tokenizer
+
+
+def documents(corpus: Corpus, tokenizer: Tokenizer, step: int, tokens: int) -> list[list[int]]:
+    """The corpus's documents for one step, until the next one would not fit the token budget."""
+    taken: list[list[int]] = []
+    for text in corpus.documents(step):
+        document = tokenizer.encode(text) + [tokenizer.eos_token_id]
+        tokens -= len(document)
+        if tokens < 0:
+            return taken
+        taken.append(document)
+
+
+@torch.no_grad()
+def check_competence(model: Transformer, tokenizer: Tokenizer, config: Config, run: Run) -> None:
+    """Can the base do one step of a solution? Along the right solutions of held-out problems, its
+    greedy next token should be each step's operation, copied from the question, and its value.
+
+    Not whether it goes on to the end, nor whether it begins at all: that is left to RL.
+    """
+    device = model.lm_head.weight.device
+    chains = [chain for chain in random_chains(config.seed) if chain.held_out()]
+    texts = [
+        f"{build_prompt(chain.question(), 'toy')} <think> first {work(chain)}" for chain in chains
+    ]
+    batch = pack([tokenizer.encode(text) for text in texts], capacity=128, device=device)
+    predicted_BT = model(batch.tokens_BT, batch.positions_BT).argmax(-1)
+    right_BT = predicted_BT[:, :-1] == batch.tokens_BT[:, 1:]
+    [equals] = tokenizer.encode(" =")
+    # A value follows " ="; the operation is the token before it.
+    value_BT = (batch.tokens_BT[:, :-1] == equals) & (batch.positions_BT[:, 1:] > 0)
+    share = float((right_BT & right_BT.roll(2, 1))[value_BT].double().mean())
+    run.log(phase="competence", step=config.pretrain_steps, steps_right=share)
+    if share < COMPETENT and not config.force:
+        raise UserError(
+            f"the base is not competent: it gets {share:.1%} of single steps right, and below"
+            f" {COMPETENT:.0%} RL collapses to guesses. Raise --pretrain-steps, try another --seed,"
+            " or go on with --force"
+        )
+    if parallel.is_main():
+        print(f"the base gets {share:.1%} of single steps right")
+
+
+def random_chains(seed: int, count: int = 2000) -> list[Chain]:
+    rng = random.Random(f"competence {seed}")
+    return [Chain.random(rng.randint(2, 10), rng) for _ in range(count)]
+
+
+# ---- reinforcement learning ----------------------------------------------------------------
+
+
+def reinforce(
+    policy: Transformer, tokenizer: Tokenizer, source: Generated | Listed, config: Config, run: Run
+) -> Transformer | None:
+    """R1 2.2.1 as a loop; None where stopped."""
+    reference = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    state = dict(policy=policy, reference=reference, optimizer=optimizer)
+    done = resume(run, "rl", state)
+    with progress(config.steps, "GRPO", initial=done) as bar:
+        while done < config.steps:
+            settings = grpo_settings(config, done)
+            # Questions, the same on all processes; each process takes its share of them.
+            problems, prompts, skipped = ask(source, tokenizer, policy, config, done, settings)
+            mine = parallel.shard(range(len(problems)))
+            # Sample a group of outputs for each question from the old policy, and reward them.
+            with run.phase("rollout") as timer:
+                batch = grpo.rollout(
+                    policy, tokenizer, mine, [problems[i] for i in mine], [prompts[i] for i in mine],
+                    reward_rule(config), settings, seed=config.seed, step=done,
+                )  # fmt: skip
+                timer.tokens += sum(len(output.tokens) for output in batch.outputs)
+            # The reference's log-probs of the same outputs, for the KL.
+            with run.phase("reference"):
+                if config.beta:
+                    batch.ref_logprobs = grpo.reference_logprobs(reference, batch, settings)
+            # Several updates, the later ones on outputs of a policy that has since moved on.
+            for minibatch in range(min(config.minibatches, config.steps - done)):
+                sft.set_rates([optimizer], min(1.0, (done + 1) / max(1, config.warmup)))
+                with run.phase("update") as timer:
+                    stats = grpo.step(
+                        policy, optimizer, batch, settings, minibatch, config.minibatches
+                    )
+                    timer.tokens += stats["tokens_trained"]
+                done += 1
+                check_finite(stats["loss"], done, run.out / "checkpoints" / "rl")
+                if done % config.refresh == 0:
+                    reference.load_state_dict(policy.state_dict())
+                sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
+                run.log(
+                    phase="rl", step=done, **stats, **sampled, **run.timing(), **run.peak_memory()
+                )
+                bar.update(1)
+            bar.set_postfix(
+                accuracy=f"{batch.metrics['accuracy']:.2f}", tokens=f"{batch.metrics['tokens']:.0f}"
+            )
+            if not goes_on(run, "rl", done, state, every=config.save_every):
+                return None
+    return policy
+
+
+def grpo_settings(config: Config, done: int) -> grpo.Settings:
+    raised = config.raise_at and done >= config.raise_at
+    return grpo.Settings(
+        group_size=config.group_size,
+        max_new_tokens=config.raised_max_new_tokens if raised else config.max_new_tokens,
+        temperature=config.temperature, eps=config.eps, eps_high=config.eps_high, beta=config.beta,
+        ratio=config.ratio, aggregation=config.aggregation, normalize_std=config.normalize_std,
+        mask_truncated=config.mask_truncated, replay_routes=config.replay_routes,
+    )  # fmt: skip
+
+
+def ask(
+    source: Generated | Listed, tokenizer: Tokenizer, model: Transformer, config: Config, done: int,
+    settings: grpo.Settings,
+) -> tuple[list[Problem], list[list[int]], int]:  # fmt: skip
+    """The questions of one rollout and their prompts; those too long for the context are left out
+    and counted."""
+    problems = source.batch(config.questions, seed=config.seed, step=done // config.minibatches)
+    template = config.template or tokenizer.template
+    prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
+    room = model.config.max_position_embeddings - settings.max_new_tokens
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fit:
+        raise UserError(
+            f"none of {len(prompts)} questions fits: the shortest prompt has {min(map(len, prompts))}"
+            f" tokens, {max(0, room)} fit beside --max-new-tokens {settings.max_new_tokens} in a"
+            f" context of {model.config.max_position_embeddings}"
+        )
+    return [problems[i] for i in fit], [prompts[i] for i in fit], len(prompts) - len(fit)
+
+
+def reward_rule(config: Config):
+    """R1 2.2.2: accuracy and format. The controls get no, or only half of, the information."""
+
+    def rules(problem: Problem, response: str) -> float:
+        check = rewards.CHECKERS[problem.checker]
+        accuracy = rewards.accuracy_reward(response, problem.answer, check)
+        return accuracy + config.format_weight * rewards.format_reward(response)
+
+    def only_format(problem: Problem, response: str) -> float:
+        return rewards.format_reward(response)
+
+    def coin(problem: Problem, response: str) -> float:
+        """A coin for each response: the same for the same text, and worth nothing."""
+        return float(
+            hashlib.sha256(f"{config.seed} {problem.question} {response}".encode()).digest()[0] % 2
+        )
+
+    return {"rules": rules, "format": only_format, "random": coin}[config.reward]
+
+
+# ---- what both phases share ----------------------------------------------------------------
+
+
+def resume(run: Run, phase: str, state: dict) -> int:
+    """Load the phase's newest checkpoint into the models and optimizers of `state`; how many
+    updates it has seen."""
+    directory = run.out / "checkpoints" / phase
+    done = checkpoint.latest(directory) or 0
+    if done:
+        saved = {name: part.state_dict() for name, part in state.items()}
+        for name, tensors in checkpoint.load_state(directory, done, saved).items():
+            state[name].load_state_dict(tensors)
+    run.rewind(phase, done)
+    return done
+
+
+def goes_on(run: Run, phase: str, done: int, state: dict, every: int) -> bool:
+    """Save where it is time to, or where Ctrl-C was pressed; False in the latter case."""
+    stopping = run.stopping
+    if stopping or done % every == 0:
+        saved = {name: part.state_dict() for name, part in state.items()}
+        checkpoint.save_state(run.out / "checkpoints" / phase, done, saved)
+    return not stopping
+
+
+def measure(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    config: Config,
+    run: Run,
+    name: str,
+) -> dict:
+    """Evaluate a model as RL samples it (T = 1, top-p 1), and greedy; on resuming, read it back."""
+    file = run.out / f"evaluation_{name}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    common = dict(max_new_tokens=config.max_new_tokens, seed=config.seed, template=config.template)
+    with run.phase("evaluate"):
+        result = evaluate(
+            model, tokenizer, problems, samples=config.eval_samples, temperature=1.0, top_p=1.0,
+            title=f"evaluate {name}", **common,
+        )  # fmt: skip
+        greedy = evaluate(
+            model, tokenizer, problems, samples=1, temperature=0.0, title="greedy", **common
+        )
+    result["greedy"] = greedy["pass@1"]
+    run.log(
+        phase="evaluate",
+        step=0 if name == "base" else config.steps,
+        model=name,
+        **result,
+        **run.timing(),
+    )
+    run.save_json(file.name, result)
+    if result[f"pass@{config.eval_samples}"] == 0 and parallel.is_main():
+        print(
+            f"{name}: none of {result['problems'] * result['samples']} outputs is right"
+            f" ({result['unparsed']:.0%} had no answer that could be read, {result['truncated']:.0%}"
+            " were cut off): no group has a better output than another, so accuracy gives RL nothing"
+            " to reinforce. It needs a base that solves some of the questions sometimes."
+        )
+    return result
+
+
+def report(base: dict, zero: dict, run: Run) -> None:
+    seconds = {"pretrain": run.seconds["pretrain"], "eval": run.seconds["evaluate"]}
+    seconds["rl"] = sum(run.seconds[phase] for phase in ("rollout", "reference", "update"))
+    run.save_json("result.json", {"base": base, "zero": zero, "seconds": seconds})
+    if parallel.is_main():
+        print(table({"base": base, "zero": zero}))
+        print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
+        draw_curve(run.out)
+
+
+if __name__ == "__main__":
+    launch(main, parse(Config, PRESETS), user_errors=(ValueError,))
