@@ -19,12 +19,13 @@ Choices where the paper is silent or says two things:
 Read next: train_zero.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean as mean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rewards
 from data.packing import Packed, pack
@@ -46,7 +47,8 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
         return centred_PG
     # R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)
     std_P1 = rewards_PG.std(1, keepdim=True, correction=0)
-    agreed_P1 = rewards_PG.amax(1, keepdim=True) == rewards_PG.amin(1, keepdim=True)
+    rounding = 8 * torch.finfo(rewards_PG.dtype).eps
+    agreed_P1 = std_P1 <= rounding * rewards_PG.abs().amax(1, keepdim=True)
     return torch.where(agreed_P1, 0.0, centred_PG / std_P1.where(~agreed_P1, 1.0))
 
 
@@ -84,8 +86,9 @@ def importance_ratio(logprobs_N: Tensor, old_N: Tensor, output_N: Tensor, level:
 
 
 def grpo_loss(
-    logprobs_N: Tensor, old_N: Tensor, ref_N: Tensor | None, advantages_N: Tensor, weights_N: Tensor,
-    output_N: Tensor, *, eps: float, beta: float, eps_high: float | None = None, ratio: str = "token",
+    logprobs_N: Tensor, old_N: Tensor, ref_N: Tensor | None, advantages_N: Tensor,
+    weights_N: Tensor, output_N: Tensor, *, eps: float, beta: float, eps_high: float | None = None,
+    ratio: str = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss over the tokens of some outputs, laid end to end: N numbers each. The losses of the
     parts of a batch add up to the batch's, if the weights were made for the whole of it.
@@ -107,7 +110,7 @@ def grpo_loss(
 
 @dataclass(frozen=True)
 class Settings:
-    """How outputs are drawn and what is made of them. The defaults are R1-Zero's, where reported."""
+    """How outputs are drawn and what is made of them; R1-Zero's values, where reported."""
 
     group_size: int = 16  # G
     max_new_tokens: int = 32768
@@ -190,16 +193,16 @@ def describe(batch: Rollout) -> dict:
     for p, (problem, values_G) in enumerate(zip(batch.problems, batch.rewards_PG)):
         members = slice(p * G, (p + 1) * G)
         outputs = list(zip(batch.outputs[members], batch.texts[members], values_G.tolist()))
-        groups.append((problem.level, [judge(problem, *output) for output in outputs]))
+        signal = bool(batch.advantages_PG[p].any())
+        groups.append((problem.level, signal, [judge(problem, *output) for output in outputs]))
     groups = parallel.gather_list(groups)  # a question's group is never split over processes
-    rows = [row for _, group in groups for row in group]
+    rows = [row for _, _, group in groups for row in group]
     by_level: dict[int, list[float]] = {}
-    for level, group in groups:
+    for level, _, group in groups:
         by_level.setdefault(level, []).extend(row["accuracy"] for row in group)
-    same = [len({row["reward"] for row in group}) == 1 for _, group in groups]
     return dict(
         **{key: mean([row[key] for row in rows]) for key in rows[0]},
-        groups_without_signal=mean(same),
+        groups_without_signal=mean(not signal for _, signal, _ in groups),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
     )
 
@@ -219,89 +222,73 @@ def judge(problem: Problem, output: Output, text: str, reward: float) -> dict[st
 
 @dataclass
 class Laid:
-    """Outputs packed into rows, and where each of their N tokens came from."""
+    """Outputs packed into rows, and where each of their N tokens comes from."""
 
     packed: Packed
-    mask_BT: Tensor  # the outputs' tokens; prompts and padding are not trained
-    output_N: Tensor
-    place_N: Tensor
+    mask_BT: Tensor  # the outputs' tokens: prompts and padding are not trained
+    output_N: Tensor  # which of the outputs
+    place_N: Tensor  # which of its tokens
     routes_BTMA: Tensor | None
 
-    def pick(self, values: list[Tensor]) -> Tensor:
-        """From a tensor for each output, the numbers of the N tokens."""
-        padded_OT = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-        return padded_OT[self.output_N.cpu(), self.place_N.cpu()].to(self.output_N.device)
+    def pick(self, values: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """From one number for each token of each output, those of the N tokens."""
+        table_OT = nn.utils.rnn.pad_sequence(values, batch_first=True)
+        return table_OT.to(self.mask_BT.device, dtype)[self.output_N, self.place_N]
+
+    def micro_batches(self, rows: int) -> Iterator[tuple["Laid", slice]]:
+        """Some rows at a time, and which of the N tokens are theirs."""
+        counts = self.mask_BT.sum(1).tolist()
+        for start in range(0, len(counts), rows):
+            b = slice(start, start + rows)
+            n = slice(sum(counts[:start]), sum(counts[: start + rows]))
+            routes = None if self.routes_BTMA is None else self.routes_BTMA[b]
+            part = self.packed[b], self.mask_BT[b], self.output_N[n], self.place_N[n], routes
+            yield Laid(*part), n
+
+    def logprobs(self, model: Transformer, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, N each, of the distributions that the sampler draws from."""
+        tokens_BT, positions_BT, _ = tuple(self.packed)
+        logprobs_N, entropy_N, _, _ = model.logprobs(
+            tokens_BT, positions_BT, self.mask_BT, temperature=temperature,
+            routes_BTMA=self.routes_BTMA,
+        )  # fmt: skip
+        return logprobs_N, entropy_N
 
 
 def lay_out(
-    prompts: list[list[int]],
-    outputs: list[Output],
-    row_tokens: int,
-    replay: bool,
-    device: torch.device,
+    batch: Rollout, chosen: Sequence[int], settings: Settings, device: torch.device
 ) -> Laid:
-    """prompts: one for each output."""
+    """Pack the chosen ones of a rollout's outputs, each behind its prompt."""
+    outputs = [batch.outputs[o] for o in chosen]
+    prompts = [batch.prompts[o // settings.group_size] for o in chosen]
     documents = [prompt + output.tokens for prompt, output in zip(prompts, outputs)]
-    packed = pack(documents, max(row_tokens, *map(len, documents)), device)
+    packed = pack(documents, max(settings.row_tokens, *map(len, documents)), device)
     start_O = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    is_real_BT = packed.documents_BT >= 0
-    mask_BT = is_real_BT & (packed.positions_BT >= start_O[packed.documents_BT.clamp(min=0)])
-    output_N = packed.documents_BT[mask_BT]
-    place_N = packed.positions_BT[mask_BT] - start_O[output_N]
+    document_BT, position_BT = packed.documents_BT.clamp(min=0), packed.positions_BT.clamp(min=0)
+    mask_BT = (packed.documents_BT >= 0) & (position_BT >= start_O[document_BT])
+    output_N = document_BT[mask_BT]
     routes_BTMA = None
-    if replay:
+    if settings.replay_routes and outputs[0].routes is not None:  # a dense model has none
         # The last token of a document was never fed when sampling: -1 leaves it to the router.
-        shape = (*mask_BT.shape, *outputs[0].routes.shape[1:])
-        routes_BTMA = torch.full(shape, -1, dtype=torch.int16)
-        for o, output in enumerate(outputs):
-            row, first = (
-                ((packed.documents_BT == o) & (packed.positions_BT == 0)).nonzero()[0].tolist()
-            )
-            routes_BTMA[row, first : first + len(output.routes)] = output.routes
-        routes_BTMA = routes_BTMA.to(device)
-    return Laid(packed, mask_BT, output_N, place_N, routes_BTMA)
-
-
-def micro_batches(laid: Laid, rows: int):
-    """(slice of the rows, slice of the N tokens) for each micro-batch."""
-    counts = laid.mask_BT.sum(1).tolist()
-    first = 0
-    for start in range(0, len(counts), rows):
-        size = sum(counts[start : start + rows])
-        yield slice(start, start + rows), slice(first, first + size)
-        first += size
-
-
-def token_logprobs(
-    model: Transformer, laid: Laid, rows: slice, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the outputs' tokens under the distribution that is sampled from."""
-    part = laid.packed[rows]
-    routes = None if laid.routes_BTMA is None else laid.routes_BTMA[rows]
-    logprobs_N, entropy_N, _, _ = model.logprobs(
-        part.tokens_BT,
-        part.positions_BT,
-        laid.mask_BT[rows],
-        temperature=temperature,
-        routes_BTMA=routes,
-    )
-    return logprobs_N, entropy_N
+        table_OSMA = nn.utils.rnn.pad_sequence([o.routes for o in outputs], True, padding_value=-1)
+        table_OSMA = nn.functional.pad(table_OSMA, (0, 0, 0, 0, 0, 1), value=-1).to(device)
+        routes_BTMA = table_OSMA[document_BT, position_BT]
+    return Laid(packed, mask_BT, output_N, position_BT[mask_BT] - start_O[output_N], routes_BTMA)
 
 
 @torch.no_grad()
 def reference_logprobs(reference: Transformer, batch: Rollout, settings: Settings) -> list[Tensor]:
     """Of every output's tokens under the reference model, a tensor for each output."""
-    G, device = settings.group_size, reference.lm_head.weight.device
-    prompts = [prompt for prompt in batch.prompts for _ in range(G)]
-    laid = lay_out(prompts, batch.outputs, settings.row_tokens, settings.replay_routes, device)
     lengths = [len(output.tokens) for output in batch.outputs]
-    table_OT = torch.zeros(
-        len(lengths), max(lengths), dtype=reference.lm_head.weight.dtype, device=device
-    )
-    for rows, tokens in micro_batches(laid, settings.micro_rows):
-        logprobs_N, _ = token_logprobs(reference, laid, rows, settings.temperature)
-        table_OT[laid.output_N[tokens], laid.place_N[tokens]] = logprobs_N.to(table_OT.dtype)
-    return [row[:n].cpu() for row, n in zip(table_OT, lengths)]
+    if not lengths:
+        return []
+    laid = lay_out(batch, range(len(lengths)), settings, reference.lm_head.weight.device)
+    parts = [part.logprobs(reference, settings.temperature)[0]
+             for part, _ in laid.micro_batches(settings.micro_rows)]  # fmt: skip
+    logprobs_N = torch.cat(parts)
+    table_OT = logprobs_N.new_zeros(len(lengths), max(lengths))
+    table_OT[laid.output_N, laid.place_N] = logprobs_N
+    return [row[:length].cpu() for row, length in zip(table_OT, lengths)]
 
 
 def step(
@@ -310,55 +297,48 @@ def step(
 ) -> dict:  # fmt: skip
     """One update on the minibatch-th of `minibatches` parts of the rollout's questions, on all
     processes together; this process holds some of the outputs, and may hold none."""
-    G, device = settings.group_size, model.lm_head.weight.device
-    total = int(parallel.all_sum(len(batch.numbers)))
-    mine = [
-        p for p, number in enumerate(batch.numbers) if number * minibatches // total == minibatch
-    ]
-    chosen = [p * G + i for p in mine for i in range(G)]
-    if settings.mask_truncated:
-        chosen = [o for o in chosen if batch.outputs[o].finish == "stop"]
-    lengths = torch.tensor(
-        [float(len(batch.outputs[o].tokens)) for o in chosen], dtype=torch.float64
-    )
-    outputs_all, tokens_all = (
-        int(parallel.all_sum(len(chosen))),
-        int(parallel.all_sum(int(lengths.sum()))),
-    )
+    chosen = members(batch, settings, minibatch, minibatches)
+    lengths_O = torch.tensor([len(batch.outputs[o].tokens) for o in chosen], dtype=torch.float64)
+    outputs, tokens = (int(parallel.all_sum(n)) for n in (len(chosen), int(lengths_O.sum())))
     weights_O = token_weights(
-        lengths, settings.aggregation, outputs=outputs_all, tokens=tokens_all,
+        lengths_O, settings.aggregation, outputs=outputs, tokens=tokens,
         longest=settings.max_new_tokens,
     )  # fmt: skip
-    sums: dict[str, float] = dict.fromkeys(
-        ("loss", "clip_fraction", "kl", "entropy", "mismatch"), 0.0
-    )
+    sums = Counter(loss=0.0, clip_fraction=0.0, kl=0.0, entropy=0.0, mismatch=0.0)
     if chosen:
-        outputs = [batch.outputs[o] for o in chosen]
-        prompts = [batch.prompts[o // G] for o in chosen]
-        laid = lay_out(prompts, outputs, settings.row_tokens, settings.replay_routes, device)
-        old_N = laid.pick([torch.tensor(o.logprobs, dtype=torch.float64) for o in outputs])
-        ref_N = None
-        if settings.beta:
-            ref_N = laid.pick([batch.ref_logprobs[o] for o in chosen])
-        advantages_N = batch.advantages_PG.flatten()[chosen].to(device)[laid.output_N]
-        weights_N = weights_O.to(device)[laid.output_N]
-        for rows, tokens in micro_batches(laid, settings.micro_rows):
-            logprobs_N, entropy_N = token_logprobs(model, laid, rows, settings.temperature)
-            cast = logprobs_N.dtype
+        weight = model.lm_head.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        laid = lay_out(batch, chosen, settings, weight.device)
+        drawn = [torch.tensor(batch.outputs[o].logprobs, dtype=torch.float64) for o in chosen]
+        old_N = laid.pick(drawn, dtype)
+        ref_N = laid.pick([batch.ref_logprobs[o] for o in chosen], dtype) if settings.beta else None
+        advantages_N = batch.advantages_PG.flatten()[chosen].to(weight.device, dtype)[laid.output_N]
+        weights_N = weights_O.to(weight.device, dtype)[laid.output_N]
+        for part, n in laid.micro_batches(settings.micro_rows):
+            logprobs_N, entropy_N = part.logprobs(model, settings.temperature)
             loss, stats = grpo_loss(
-                logprobs_N, old_N[tokens].to(cast), None if ref_N is None else ref_N[tokens].to(cast),
-                advantages_N[tokens].to(cast), weights_N[tokens].to(cast), laid.output_N[tokens],
-                eps=settings.eps, eps_high=settings.eps_high, beta=settings.beta, ratio=settings.ratio,
+                logprobs_N, old_N[n], None if ref_N is None else ref_N[n], advantages_N[n],
+                weights_N[n], part.output_N, eps=settings.eps, eps_high=settings.eps_high,
+                beta=settings.beta, ratio=settings.ratio,
             )  # fmt: skip
             loss.backward()
-            sums["loss"] += float(loss.detach())
-            sums["entropy"] += float(entropy_N.sum())
-            sums["mismatch"] += float((logprobs_N.detach() - old_N[tokens]).abs().sum())
-            sums["clip_fraction"] += float(stats["clip_fraction"])
-            sums["kl"] += float(stats["kl"])
+            mismatch = (logprobs_N.detach() - old_N[n]).abs().sum()
+            stats |= dict(loss=loss.detach(), entropy=entropy_N.sum(), mismatch=mismatch)
+            sums.update({key: float(value) for key, value in stats.items()})
     grad_norm = update(model, [optimizer], settings.max_grad_norm)
-    means = {
-        key: float(parallel.all_sum(value)) / max(1, tokens_all) for key, value in sums.items()
-    }
-    means["loss"] *= max(1, tokens_all)  # a sum of weighted terms already
-    return dict(**means, grad_norm=grad_norm, tokens_trained=tokens_all)
+    totals = {key: float(parallel.all_sum(value)) for key, value in sums.items()}
+    means = {key: totals[key] / max(1, tokens) for key in totals if key != "loss"}
+    return dict(loss=totals["loss"], **means, grad_norm=grad_norm, tokens_trained=tokens)
+
+
+def members(batch: Rollout, settings: Settings, minibatch: int, minibatches: int) -> list[int]:
+    """This process's outputs in the minibatch: whole groups, by the question's number, so that the
+    minibatch has the same outputs on any number of processes."""
+    G, total = settings.group_size, int(parallel.all_sum(len(batch.numbers)))
+    chosen = []
+    for p, number in enumerate(batch.numbers):
+        if number * minibatches // total == minibatch:
+            chosen += range(p * G, (p + 1) * G)
+    if settings.mask_truncated:
+        chosen = [o for o in chosen if batch.outputs[o].finish == "stop"]
+    return chosen

@@ -76,18 +76,24 @@ class Config:
     num_nextn_predict_layers: int = 1  # D: how many further tokens each position predicts
 
     def __post_init__(self):
-        if self.n_routed_experts is not None:
-            group, left_over = divmod(self.n_routed_experts, self.n_group)
-            if left_over or self.num_experts_per_tok > group * self.topk_group:
+        if self.is_moe:
+            experts, groups, used = self.n_routed_experts, self.n_group, self.topk_group
+            fits = groups >= 1 and experts % groups == 0 and 1 <= used <= groups
+            if not fits or self.num_experts_per_tok > experts // groups * used:
                 raise ValueError(
-                    f"{self.n_routed_experts} experts in n_group={self.n_group} groups, of which a"
-                    f" token may use topk_group={self.topk_group}, can't give"
+                    f"{experts} experts in n_group={groups} groups, of which a token may use"
+                    f" topk_group={used}, can't give"
                     f" num_experts_per_tok={self.num_experts_per_tok} experts"
+                )
+            if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+                raise ValueError(
+                    f"first_k_dense_replace={self.first_k_dense_replace}: between 0 and"
+                    f" num_hidden_layers={self.num_hidden_layers}"
                 )
         scaling = self.rope_scaling
         if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "yarn":
             raise ValueError(f"rope_scaling {scaling}: only type 'yarn' is implemented")
-        if self.num_nextn_predict_layers > 1:
+        if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(
                 f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1, as released"
             )
@@ -123,6 +129,10 @@ class Config:
         kind = settings.get("model_type", "deepseek_v3")
         if kind not in FAMILIES:
             raise ValueError(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+        if settings.get("rope_parameters"):
+            raise ValueError(
+                "rope_parameters is not understood; write rope_theta and rope_scaling instead"
+            )
         known = {field.name for field in fields(cls)}
         return cls(**{**FAMILIES[kind], **{k: v for k, v in settings.items() if k in known}})
 
@@ -197,19 +207,21 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
         wavelength = yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
-    high = min(math.ceil(pair_that_turns(yarn["beta_slow"])), dim - 1)
+    low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
+    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)
     ramp_r = torch.arange(dim // 2, dtype=torch.float32, device=device) - low
     slow_r = (ramp_r / max(high - low, 0.001)).clamp(0, 1)
     return frequency_r * (1 - slow_r) + frequency_r / yarn["factor"] * slow_r
 
 
 def yarn_mscale(config: Config, key: str) -> float:
-    """YaRN's temperature: 0.1 m ln(factor) + 1."""
+    """YaRN's temperature, 0.1 m ln(factor) + 1. The two keys say where it goes: mscale_all_dim onto
+    the scores of all dimensions (MLA), what mscale has beyond that onto cos and sin."""
     yarn = config.rope_scaling or {}
     if yarn.get("factor", 1) <= 1:
         return 1.0
-    return 0.1 * yarn.get(key, 1.0) * math.log(yarn["factor"]) + 1.0
+    m = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])
+    return 0.1 * m * math.log(yarn["factor"]) + 1.0
 
 
 def rotate(x_BTHR: Tensor, rows: Rows, interleaved: bool) -> Tensor:
@@ -300,7 +312,7 @@ class MLA(nn.Module):
 
 
 class GQA(nn.Module):
-    """Grouped-query attention of the dense models: Llama, Qwen2 (biases), Qwen3 (per-head norms)."""
+    """Grouped-query attention: Llama, Qwen2 (with biases), Qwen3 (with norms in each head)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -556,8 +568,8 @@ class Transformer(nn.Module):
 
         positions_BT: a document starts wherever it is 0, and attends to itself alone; several may
         share a row. None: one document a row.
-        cache_MBSX: from `new_cache`, filled at the positions. With T > 1 the rows are prefilled from
-        position 0; with T = 1 each row goes on at its own position, in absorbed form.
+        cache_MBSX: from `new_cache`, filled at the positions. With T > 1 the rows are prefilled
+        from position 0; with T = 1 each row goes on at its own position, in absorbed form.
         routes_BTMA: experts to use instead of the routers' choice (-1: the router chooses), in the
         order of the MoE layers.
         """

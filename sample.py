@@ -99,7 +99,7 @@ class Slots:
         self.logprobs_BT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=device)
         self.uniform_BT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=device)
         self.routes_BSMA = None
-        if routes:
+        if routes and config.num_moe_layers:
             shape = (count, width, config.num_moe_layers, config.num_experts_per_tok)
             self.routes_BSMA = torch.full(shape, -1, dtype=torch.int16, device=device)
 
@@ -216,7 +216,7 @@ def generate(
     on_token(index, token), on_finish(index, output): called as the outputs are written.
     Raises ValueError for an empty prompt, one too long for the model, or settings out of range.
     """
-    check_request(model, prompts, max_new_tokens, temperature, top_p)
+    check_request(model, prompts, max_new_tokens, temperature, top_p, slots)
     keys = [tuple(prompt) for prompt in prompts]
     rows = range(len(prompts)) if rows is None else rows
     outputs: list[Output | None] = [None] * len(prompts)
@@ -283,13 +283,14 @@ def fill(
 
 
 def check_request(
-    model: Transformer, prompts: Sequence, max_new_tokens: int, temperature: float, top_p: float
-) -> None:
+    model: Transformer, prompts: Sequence, max_new_tokens: int, temperature: float, top_p: float,
+    slots: int,
+) -> None:  # fmt: skip
     room = model.config.max_position_embeddings - max_new_tokens
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or slots < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"{max_new_tokens=}, {temperature=}, {top_p=}: need at least 1 new token,"
-            " temperature >= 0 and 0 < top_p <= 1"
+            f"{max_new_tokens=}, {slots=}, {temperature=}, {top_p=}: need at least 1 new token,"
+            " at least 1 slot, temperature >= 0 and 0 < top_p <= 1"
         )
     for number, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
@@ -311,28 +312,31 @@ def evaluate(
 
     Problems whose prompt does not fit the context are skipped and counted.
     """
+    if not problems or samples < 1:
+        raise ValueError(f"{len(problems)} problems x {samples=}: --limit and --samples start at 1")
     template = template or tokenizer.template
     prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
     room = model.config.max_position_embeddings - max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
         raise ValueError(
-            f"none of {len(problems)} problems fits: the shortest prompt has {min(map(len, prompts))}"
-            f" tokens, and {room} fit beside --max-new-tokens {max_new_tokens}"
+            f"none of {len(problems)} problems fits: the shortest prompt has"
+            f" {min(map(len, prompts))} tokens, and {room} fit beside"
+            f" --max-new-tokens {max_new_tokens}"
         )
     mine = parallel.shard(fitting)
     with progress(len(mine) * samples, title) as bar:
         outputs = generate(
-            model, [prompts[i] for i in mine for _ in range(samples)], max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, stop=(tokenizer.eos_token_id,), seed=seed,
+            model, [prompts[i] for i in mine for _ in range(samples)],
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            stop=(tokenizer.eos_token_id,), seed=seed,
             rows=[i * samples + k for i in mine for k in range(samples)], slots=slots,
             on_finish=lambda index, output: bar.update(1),
         )  # fmt: skip
-    groups = [
-        judge_group(problems[i], [spell(tokenizer, o) for o in outputs[j * samples : (j + 1) * samples]],
-                    outputs[j * samples : (j + 1) * samples])
-        for j, i in enumerate(mine)
-    ]  # fmt: skip
+    groups = []
+    for j, i in enumerate(mine):
+        group = outputs[j * samples : (j + 1) * samples]
+        groups.append(judge_group(problems[i], [spell(tokenizer, o) for o in group], group))
     return summarize(parallel.gather_list(groups), samples, skipped=len(problems) - len(fitting))
 
 
@@ -429,8 +433,9 @@ def main(config: Config) -> None:
         listed = {} if config.data in ("calc-chain", "countdown") else {"all_held_out": True}
         problems = load(config.data, **listed).held_out(config.limit)
         result = evaluate(
-            model, tokenizer, problems, samples=config.samples, max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+            model, tokenizer, problems, samples=config.samples,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_p=config.top_p, seed=config.seed,
             template=config.template, slots=config.slots,
         )  # fmt: skip
         if parallel.is_main():
@@ -439,8 +444,15 @@ def main(config: Config) -> None:
         answer(model, tokenizer, config.prompt, config)
     else:
         print("One question a line; an empty line ends.")
-        while question := input("\n> ").strip():
+        while question := read_line():
             answer(model, tokenizer, question, config)
+
+
+def read_line() -> str:
+    try:
+        return input("\n> ").strip()
+    except EOFError:  # Ctrl-D
+        return ""
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, question: str, config: Config) -> None:

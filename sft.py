@@ -1,4 +1,4 @@
-"""The supervised step: pretraining of the toy's base, cold start, rejection-sampling SFT, distilling.
+"""The supervised step: the toy's base, cold start, rejection-sampling SFT, distillation.
 
     loss = - sum over the answer's tokens of w log pi(token | what stands before it)
 
@@ -16,15 +16,21 @@ Read next: grpo.py.
 """
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from data.packing import Packed
-from model import MoE, Routing, Transformer, balance_loss
+from data.corpus import Chain, Corpus, work
+from data.packing import Packed, pack
+from data.prompts import build_prompt
+from data.tokenizer import Tokenizer
+from model import Config, MoE, Routing, Transformer, balance_loss
 from runtime import parallel
+from runtime.pretrained import load_pretrained, save_pretrained
+from runtime.run import Run, UserError, check_finite, progress
 
 
 def cosine(step: int, steps: int, lr: float, final: float, warmup: int = 0) -> float:
@@ -82,6 +88,7 @@ def sft_loss(
     logprobs_N, _, hidden_BTD, routings = model.logprobs(
         batch.tokens_BT, batch.positions_BT, mask_BT
     )
+    tokens, documents = max(1, tokens), max(1, documents)
     loss = -logprobs_N.sum() / tokens
     if objective.mtp_weight:
         second_BTD, routing = model.predict_second_next(
@@ -125,7 +132,7 @@ def sft_step(
             load_E += expert_load(routing, batch.positions_BT[rows])
     report.loss = float(parallel.all_sum(report.loss))
     report.grad_norm = update(model, optimizers, objective.max_grad_norm)
-    if objective.bias_step:
+    if objective.bias_step and math.isfinite(report.grad_norm):
         balance(model, report.loads, objective.bias_step)
     return report
 
@@ -226,3 +233,96 @@ def small_optimizers(
         (matrices if in_block else others).append(p)
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, lr=muon_lr), adam]
+
+
+# ---- the toy's base ------------------------------------------------------------------------
+
+COMPETENT = 0.97  # share of single steps; below it RL has been seen to fail
+
+
+def pretrain_toy(
+    tokenizer: Tokenizer, run: Run, *, seed: int, steps: int, force: bool, device: torch.device,
+    tokens: int = 2048,
+) -> Transformer | None:  # fmt: skip
+    """The toy's base, from random weights and the corpus of data/corpus.py, in run.out/base; None
+    where Ctrl-C stopped it. Raises UserError for a base that is not competent, unless forced."""
+    if (run.out / "base").is_dir():
+        return load_pretrained(run.out / "base", device=device)
+    model = Transformer(Config.preset("toy", vocab_size=tokenizer.vocab_size))
+    initialize_small(model, seed)
+    model.to(device)
+    optimizers = small_optimizers(model, muon_lr=0.02, adam_lr=0.02)
+    parts = dict(model=model, muon=optimizers[0], adam=optimizers[1])
+    done = run.resume("pretrain", parts)
+    corpus = Corpus(seed, steps)
+    objective = Objective(bias_step=0.001, rows=16)
+    with progress(steps, "pretrain", initial=done) as bar:
+        while done < steps:
+            set_rates(optimizers, warm_constant_decay(done, steps))
+            with run.phase("pretrain") as timer:
+                texts = parallel.shard(documents(corpus, tokenizer, done, tokens))
+                batch = pack(texts, capacity=128, device=device)
+                trained = sft_step(model, optimizers, batch, objective=objective)
+                timer.tokens += trained.tokens
+            done += 1
+            for name in ("loss", "grad_norm"):
+                check_finite(getattr(trained, name), done, run.checkpoints("pretrain"), name)
+            bar.update(1)
+            bar.set_postfix(loss=f"{trained.loss:.3f}")
+            if done % 20 == 0:
+                shown = dict(loss=trained.loss, grad_norm=trained.grad_norm)
+                run.log(phase="pretrain", step=done, **shown, **run.timing())
+            if not run.goes_on("pretrain", done, parts, every=200):
+                return None
+    check_competence(model, tokenizer, run, seed, force)
+    save_pretrained(model, run.out / "base", tokenizer_files=tokenizer.files())
+    return model
+
+
+def documents(corpus: Corpus, tokenizer: Tokenizer, step: int, tokens: int) -> list[list[int]]:
+    """The corpus's documents for one step, until the next one would not fit the token budget."""
+    taken: list[list[int]] = []
+    for text in corpus.documents(step):
+        document = tokenizer.encode(text) + [tokenizer.eos_token_id]
+        tokens -= len(document)
+        if tokens < 0:
+            return taken
+        taken.append(document)
+
+
+@torch.no_grad()
+def check_competence(
+    model: Transformer, tokenizer: Tokenizer, run: Run, seed: int, force: bool
+) -> None:
+    """Can the base do one step of a solution? Along the right solutions of held-out problems, its
+    greedy next token should be each step's operation, copied from the question, and its value.
+
+    Not whether it goes on to the end, nor whether it begins at all: that is left to RL.
+    """
+    device = model.lm_head.weight.device
+    chains = [chain for chain in random_chains(seed) if chain.held_out()]
+    texts = [
+        f"{build_prompt(chain.question(), 'toy')} <think> first {work(chain)}" for chain in chains
+    ]
+    batch = pack([tokenizer.encode(text) for text in texts], capacity=128, device=device)
+    predicted_BT = model(batch.tokens_BT, batch.positions_BT).argmax(-1)
+    right_BT = predicted_BT[:, :-1] == batch.tokens_BT[:, 1:]
+    [equals] = tokenizer.encode(" =")
+    # A value follows " ="; the operation is the token before it.
+    value_BT = (batch.tokens_BT[:, :-1] == equals) & (batch.positions_BT[:, 1:] > 0)
+    share = float((right_BT & right_BT.roll(2, 1))[value_BT].double().mean())
+    run.rewind("competence", -1)
+    run.log(phase="competence", step=0, steps_right=share)
+    if share < COMPETENT and not force:
+        raise UserError(
+            f"the base is not competent: it gets {share:.1%} of single steps right, and below"
+            f" {COMPETENT:.0%} RL collapses to guesses. Raise --pretrain-steps, try another --seed,"
+            " or go on with --force"
+        )
+    if parallel.is_main():
+        print(f"the base gets {share:.1%} of single steps right")
+
+
+def random_chains(seed: int, count: int = 2000) -> list[Chain]:
+    rng = random.Random(f"competence {seed}")
+    return [Chain.random(rng.randint(2, 10), rng) for _ in range(count)]

@@ -16,13 +16,12 @@ Departures from the paper, besides size:
 - not reported and chosen here: AdamW without weight decay, a short linear warm-up, gradients
   clipped at norm 1, eps = 0.2, router biases frozen during RL.
 
-Read next: train_r1.py is not there yet; sample.py shows what came out.
+Read next: sample.py (the evaluation), bench/zero.py (the table of five seeds and two controls).
 """
 
 import copy
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,14 +30,11 @@ import torch
 import grpo
 import rewards
 import sft
-from data.corpus import Chain, Corpus, work
-from data.packing import pack
-from data.problems import Generated, Listed, Problem, calc_chain, load
+from data.problems import Generated, Listed, Problem, load
 from data.prompts import build_prompt
 from data.tokenizer import Tokenizer
-from model import Config as ModelConfig
 from model import Transformer
-from runtime import checkpoint, parallel
+from runtime import parallel
 from runtime.plot import draw_curve
 from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.run import Run, UserError, check_finite, flag, launch, parse, pick_device, progress
@@ -56,7 +52,7 @@ class Config:
     out: str = flag("runs/zero", "directory of the run")
     seed: int = flag(0, "random seed")
     # The toy's base.
-    pretrain_steps: int = flag(880, "updates of pretraining, of 2048 tokens each")
+    pretrain_steps: int = flag(1000, "updates of pretraining, of 2048 tokens each")
     force: bool = flag(False, "go on with a base that is not competent")
     # R1 2.2.1, and the list of hyperparameters in its appendix.
     steps: int = flag(160, "updates of RL")
@@ -95,14 +91,27 @@ class Config:
     resume: bool = flag(False, "continue the run in --out")
 
     def __post_init__(self):
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                flag_name = name.replace("_", "-")
+                raise UserError(f"--{flag_name} {getattr(self, name)}: at least 1")
         if self.model is None and self.data != "calc-chain":
             raise UserError(
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 " knows calc-chain only"
             )
+        if self.raise_at and self.raised_max_new_tokens < self.max_new_tokens:
+            raise UserError(
+                f"--raise-at {self.raise_at} needs --raised-max-new-tokens of at least"
+                f" {self.max_new_tokens}, not {self.raised_max_new_tokens}"
+            )
+        if self.template is not None:
+            build_prompt("", self.template)  # refuses an unknown one
+        grpo_settings(self, done=0)  # and so does this for what concerns GRPO
 
 
-COMPETENT = 0.97  # share of single steps; runs below it have been seen to fail
+COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
+          "max_new_tokens", "steps", "pretrain_steps")  # fmt: skip
 REAL = dict(lr=1e-6, group_size=16, questions=32, minibatches=4, max_new_tokens=1024, steps=400,
             refresh=100, save_every=20, eval_samples=4)  # fmt: skip
 PRESETS = {
@@ -130,9 +139,10 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
-    run = Run(config.out, config, resume=config.resume, may_change=("steps", "save_every"))
     source, held_out = questions(config)
-    model, tokenizer = load_base(config, run) if config.model else pretrain(config, run)
+    given = load_base(config) if config.model else None
+    run = Run(config.out, config, resume=config.resume, may_change=("steps", "save_every", "force"))
+    model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
     base = measure(model, tokenizer, held_out, config, run, "base")
@@ -140,7 +150,7 @@ def main(config: Config) -> None:
     if model is None:
         return
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
-    zero = measure(model, tokenizer, held_out, config, run, "zero")
+    zero = measure(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
 
 
@@ -151,100 +161,20 @@ def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
     return source, test.held_out(config.eval_problems)
 
 
-# ---- the base model ------------------------------------------------------------------------
-
-
-def load_base(config: Config, run: Run) -> tuple[Transformer, Tokenizer]:
+def load_base(config: Config) -> tuple[Transformer, Tokenizer]:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model = load_pretrained(config.model, dtype=dtype, device=pick_device(config.device))
     return model, Tokenizer.load(config.model)
 
 
-def pretrain(config: Config, run: Run, tokens: int = 2048) -> tuple[Transformer | None, Tokenizer]:
-    """Make the toy's base from random weights and the synthetic corpus; None where stopped."""
+def pretrain_base(config: Config, run: Run) -> tuple[Transformer | None, Tokenizer]:
+    """The toy's own base; None where Ctrl-C stopped its pretraining."""
     tokenizer = Tokenizer.toy()
-    if (run.out / "base").is_dir():
-        return load_pretrained(run.out / "base", device=pick_device(config.device)), tokenizer
-    model = Transformer(ModelConfig.preset("toy", vocab_size=tokenizer.vocab_size))
-    sft.initialize_small(model, config.seed)
-    device = pick_device(config.device)
-    model.to(device)
-    optimizers = sft.small_optimizers(model, muon_lr=0.02, adam_lr=0.02)
-    state = dict(model=model, muon=optimizers[0], adam=optimizers[1])
-    done = resume(run, "pretrain", state)
-    corpus = Corpus(config.seed, config.pretrain_steps)
-    objective = sft.Objective(bias_step=0.001, rows=16)
-    with progress(config.pretrain_steps, "pretrain", initial=done) as bar:
-        while done < config.pretrain_steps:
-            sft.set_rates(optimizers, sft.warm_constant_decay(done, config.pretrain_steps))
-            with run.phase("pretrain") as timer:
-                texts = parallel.shard(documents(corpus, tokenizer, done, tokens))
-                batch = pack(texts, capacity=128, device=device)
-                trained = sft.sft_step(model, optimizers, batch, objective=objective)
-                timer.tokens += trained.tokens
-            done += 1
-            check_finite(trained.loss, done, run.out / "checkpoints" / "pretrain")
-            bar.update(1)
-            bar.set_postfix(loss=f"{trained.loss:.3f}")
-            if done % 20 == 0:
-                run.log(
-                    phase="pretrain",
-                    step=done,
-                    loss=trained.loss,
-                    grad_norm=trained.grad_norm,
-                    **run.timing(),
-                )
-            if not goes_on(run, "pretrain", done, state, every=200):
-                return None, tokenizer
-    check_competence(model, tokenizer, config, run)
-    save_pretrained(model, run.out / "base", tokenizer_files=tokenizer.files())
+    model = sft.pretrain_toy(
+        tokenizer, run, seed=config.seed, steps=config.pretrain_steps, force=config.force,
+        device=pick_device(config.device),
+    )  # fmt: skip
     return model, tokenizer
-
-
-def documents(corpus: Corpus, tokenizer: Tokenizer, step: int, tokens: int) -> list[list[int]]:
-    """The corpus's documents for one step, until the next one would not fit the token budget."""
-    taken: list[list[int]] = []
-    for text in corpus.documents(step):
-        document = tokenizer.encode(text) + [tokenizer.eos_token_id]
-        tokens -= len(document)
-        if tokens < 0:
-            return taken
-        taken.append(document)
-
-
-@torch.no_grad()
-def check_competence(model: Transformer, tokenizer: Tokenizer, config: Config, run: Run) -> None:
-    """Can the base do one step of a solution? Along the right solutions of held-out problems, its
-    greedy next token should be each step's operation, copied from the question, and its value.
-
-    Not whether it goes on to the end, nor whether it begins at all: that is left to RL.
-    """
-    device = model.lm_head.weight.device
-    chains = [chain for chain in random_chains(config.seed) if chain.held_out()]
-    texts = [
-        f"{build_prompt(chain.question(), 'toy')} <think> first {work(chain)}" for chain in chains
-    ]
-    batch = pack([tokenizer.encode(text) for text in texts], capacity=128, device=device)
-    predicted_BT = model(batch.tokens_BT, batch.positions_BT).argmax(-1)
-    right_BT = predicted_BT[:, :-1] == batch.tokens_BT[:, 1:]
-    [equals] = tokenizer.encode(" =")
-    # A value follows " ="; the operation is the token before it.
-    value_BT = (batch.tokens_BT[:, :-1] == equals) & (batch.positions_BT[:, 1:] > 0)
-    share = float((right_BT & right_BT.roll(2, 1))[value_BT].double().mean())
-    run.log(phase="competence", step=config.pretrain_steps, steps_right=share)
-    if share < COMPETENT and not config.force:
-        raise UserError(
-            f"the base is not competent: it gets {share:.1%} of single steps right, and below"
-            f" {COMPETENT:.0%} RL collapses to guesses. Raise --pretrain-steps, try another --seed,"
-            " or go on with --force"
-        )
-    if parallel.is_main():
-        print(f"the base gets {share:.1%} of single steps right")
-
-
-def random_chains(seed: int, count: int = 2000) -> list[Chain]:
-    rng = random.Random(f"competence {seed}")
-    return [Chain.random(rng.randint(2, 10), rng) for _ in range(count)]
 
 
 # ---- reinforcement learning ----------------------------------------------------------------
@@ -259,7 +189,7 @@ def reinforce(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
     )
     state = dict(policy=policy, reference=reference, optimizer=optimizer)
-    done = resume(run, "rl", state)
+    done = run.resume("rl", state)
     with progress(config.steps, "GRPO", initial=done) as bar:
         while done < config.steps:
             settings = grpo_settings(config, done)
@@ -269,8 +199,9 @@ def reinforce(
             # Sample a group of outputs for each question from the old policy, and reward them.
             with run.phase("rollout") as timer:
                 batch = grpo.rollout(
-                    policy, tokenizer, mine, [problems[i] for i in mine], [prompts[i] for i in mine],
-                    reward_rule(config), settings, seed=config.seed, step=done,
+                    policy, tokenizer, mine, [problems[i] for i in mine],
+                    [prompts[i] for i in mine], reward_rule(config), settings, seed=config.seed,
+                    step=done,
                 )  # fmt: skip
                 timer.tokens += sum(len(output.tokens) for output in batch.outputs)
             # The reference's log-probs of the same outputs, for the KL.
@@ -286,18 +217,17 @@ def reinforce(
                     )
                     timer.tokens += stats["tokens_trained"]
                 done += 1
-                check_finite(stats["loss"], done, run.out / "checkpoints" / "rl")
+                for name in ("loss", "grad_norm"):
+                    check_finite(stats[name], done, run.checkpoints("rl"), name)
                 if done % config.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
-                run.log(
-                    phase="rl", step=done, **stats, **sampled, **run.timing(), **run.peak_memory()
-                )
+                run.log(phase="rl", step=done, **stats, **sampled, **run.timing())
                 bar.update(1)
             bar.set_postfix(
                 accuracy=f"{batch.metrics['accuracy']:.2f}", tokens=f"{batch.metrics['tokens']:.0f}"
             )
-            if not goes_on(run, "rl", done, state, every=config.save_every):
+            if not run.goes_on("rl", done, state, every=config.save_every):
                 return None
     return policy
 
@@ -326,9 +256,9 @@ def ask(
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fit:
         raise UserError(
-            f"none of {len(prompts)} questions fits: the shortest prompt has {min(map(len, prompts))}"
-            f" tokens, {max(0, room)} fit beside --max-new-tokens {settings.max_new_tokens} in a"
-            f" context of {model.config.max_position_embeddings}"
+            f"none of {len(prompts)} questions fits: the shortest prompt has"
+            f" {min(map(len, prompts))} tokens, {max(0, room)} fit beside --max-new-tokens"
+            f" {settings.max_new_tokens} in a context of {model.config.max_position_embeddings}"
         )
     return [problems[i] for i in fit], [prompts[i] for i in fit], len(prompts) - len(fit)
 
@@ -353,29 +283,7 @@ def reward_rule(config: Config):
     return {"rules": rules, "format": only_format, "random": coin}[config.reward]
 
 
-# ---- what both phases share ----------------------------------------------------------------
-
-
-def resume(run: Run, phase: str, state: dict) -> int:
-    """Load the phase's newest checkpoint into the models and optimizers of `state`; how many
-    updates it has seen."""
-    directory = run.out / "checkpoints" / phase
-    done = checkpoint.latest(directory) or 0
-    if done:
-        saved = {name: part.state_dict() for name, part in state.items()}
-        for name, tensors in checkpoint.load_state(directory, done, saved).items():
-            state[name].load_state_dict(tensors)
-    run.rewind(phase, done)
-    return done
-
-
-def goes_on(run: Run, phase: str, done: int, state: dict, every: int) -> bool:
-    """Save where it is time to, or where Ctrl-C was pressed; False in the latter case."""
-    stopping = run.stopping
-    if stopping or done % every == 0:
-        saved = {name: part.state_dict() for name, part in state.items()}
-        checkpoint.save_state(run.out / "checkpoints" / phase, done, saved)
-    return not stopping
+# ---- evaluation ----------------------------------------------------------------------------
 
 
 def measure(
@@ -385,11 +293,16 @@ def measure(
     config: Config,
     run: Run,
     name: str,
+    step: int = 0,
 ) -> dict:
-    """Evaluate a model as RL samples it (T = 1, top-p 1), and greedy; on resuming, read it back."""
+    """Evaluate a model as RL samples it (T = 1, top-p 1), and greedy; on resuming, read back what
+    was found after the same step."""
     file = run.out / f"evaluation_{name}.json"
     if file.exists():
-        return json.loads(file.read_text())
+        saved = json.loads(file.read_text())
+        if saved["step"] == step:
+            return saved["result"]
+    run.rewind(f"evaluate {name}", -1)
     common = dict(max_new_tokens=config.max_new_tokens, seed=config.seed, template=config.template)
     with run.phase("evaluate"):
         result = evaluate(
@@ -400,20 +313,15 @@ def measure(
             model, tokenizer, problems, samples=1, temperature=0.0, title="greedy", **common
         )
     result["greedy"] = greedy["pass@1"]
-    run.log(
-        phase="evaluate",
-        step=0 if name == "base" else config.steps,
-        model=name,
-        **result,
-        **run.timing(),
-    )
-    run.save_json(file.name, result)
+    run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
+    run.save_json(file.name, dict(step=step, result=result))
     if result[f"pass@{config.eval_samples}"] == 0 and parallel.is_main():
         print(
             f"{name}: none of {result['problems'] * result['samples']} outputs is right"
-            f" ({result['unparsed']:.0%} had no answer that could be read, {result['truncated']:.0%}"
-            " were cut off): no group has a better output than another, so accuracy gives RL nothing"
-            " to reinforce. It needs a base that solves some of the questions sometimes."
+            f" ({result['unparsed']:.0%} had no answer that could be read,"
+            f" {result['truncated']:.0%} were cut off): no group has a better output than another,"
+            " so accuracy gives RL nothing to reinforce. It needs a base that solves some of the"
+            " questions sometimes."
         )
     return result
 

@@ -99,15 +99,15 @@ class Mix:
     stages: tuple[tuple[float, tuple[float, float, float]], ...] = (
         (0.10, (0.90, 0.10, 0.00)),
         (0.45, (0.06, 0.74, 0.20)),
-        (1.00, (0.05, 0.12, 0.83)),
+        (1.00, (0.05, 0.15, 0.80)),
     )
-    direct: float = 0.62
-    worked: float = 0.28
+    direct: float = 0.60
+    worked: float = 0.30
     reflection: float = 0.06
     check: float = 0.04
-    hazard: float = 0.35  # after each step: the chance of giving up and guessing
+    hazard: float = 0.30  # after each step: the chance of giving up and guessing
     strict: float = 0.60  # share of the problems whose answer is in the tags
-    lists: float = 0.60  # share of the fact documents that are worked lists
+    lists: float = 0.70  # share of the fact documents that are worked lists
     longest: int = 10  # operations in the longest problem
     chinese: float = 0.0  # share of the problem documents in Chinese
 
@@ -201,12 +201,12 @@ def finish(
     """End a worked solution: with the answer, or, where patience runs out, with a guess."""
     pieces = text.split(" = ")  # one piece a step; every piece but the first opens with a value
     for done in range(1, len(pieces) - 1):
-        if rng.random() < hazard:
+        corrected_next = words["wait"] in pieces[done]  # nobody gives up on a slip he has seen
+        if not corrected_next and rng.random() < hazard:
             guess = rng.randrange(10)
-            value = pieces[done].split()[0]
-            text = " = ".join(pieces[:done]) + f" = {value}"
-            ending = f"{words['guess']} {guess}"
-            return f"{words['first']} {text}{words['stop']} {ending}{words['stop']}", guess
+            text = " = ".join([*pieces[:done], pieces[done].split()[0]])
+            ending = f"{words['comma']} {words['guess']} {guess}{words['stop']}"
+            return f"{words['first']} {text}{ending}", guess
     ending = f"{words['so']} {chain.answer}"
     return f"{words['first']} {text}{words['stop']} {ending}{words['stop']}", chain.answer
 

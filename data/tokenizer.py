@@ -101,7 +101,7 @@ class Tokenizer:
             settings = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
             special, pattern = settings["special_tokens"], settings["pattern"]
             template = settings["prompt_template"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{directory / 'tokenizer_config.json'} can't be read: {error}"
             ) from None
@@ -109,16 +109,25 @@ class Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """A .tiktoken file: a token in base64 and its rank on each line."""
-    ranks = {}
+    """A .tiktoken file: a token in base64 and its rank on each line. ValueError with file and line
+    for anything else."""
+    ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            known, ranks[token] = token in ranks, int(rank)
         except ValueError:
             raise ValueError(
                 f"{path}:{number}: expected 'BASE64 RANK', found {line[:40]!r}"
             ) from None
+        if known:
+            raise ValueError(f"{path}:{number}: token {token!r} comes a second time")
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError(f"{path}: two tokens have the same rank")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:  # tiktoken would panic at the first text that has them
+        raise ValueError(f"{path}: no token for byte {missing[0]}, and {len(missing) - 1} more")
     return ranks
 
 

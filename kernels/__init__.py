@@ -69,7 +69,8 @@ def mla_decode(q_BHX: Tensor, cache_BSX: Tensor, lengths_B: Tensor, C: int, scal
 
 def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """NF: rows ends_E[e-1] to ends_E[e] of x times the matrix of expert e. Groups may be empty."""
-    if x_ND.dtype == torch.float64:  # which grouped_mm doesn't take; only tests compute in it
+    aligned = all(d * x_ND.element_size() % 16 == 0 for d in weight_EFD.shape[1:])
+    if x_ND.dtype == torch.float64 or not aligned:  # which grouped_mm doesn't take
         sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
         return torch.cat([x @ w.T for x, w in zip(x_ND.split(sizes), weight_EFD)])
     return F.grouped_mm(x_ND, weight_EFD.transpose(1, 2), offs=ends_E.to(torch.int32))

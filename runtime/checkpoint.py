@@ -109,7 +109,7 @@ def load_state(directory: str | Path, step: int, state: dict[str, Any]) -> dict[
             raise cause from None
         before = [each for each in complete_steps(directory) if each < step]
         rest = step_path(directory, before[-1]) if before else "the start"
-        reason = str(cause).split("\n")[0] or repr(cause)
+        reason = str(cause).split("\n")[0].split(". ")[0] or repr(cause)
         raise UserError(
             f"{path} can't be read ({reason}); delete it, and --resume goes on from {rest}"
         ) from error

@@ -93,7 +93,7 @@ def _add_flag(parser, field: dataclasses.Field, kind: Any, defaults: dict[str, A
         default = ",".join(map(str, default))
     shown = str(default).lower() if kind is bool else default
     text = f"{field.metadata['help']} (default: {shown})"
-    # SUPPRESS: only what the user gave is in the result, so that it can win over the preset.
+    # SUPPRESS: the result has only what the user gave; the defaults are parse's.
     options = dict(dest=field.name, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
     if kind is bool:
         parser.add_argument(name, action=argparse.BooleanOptionalAction, **options)

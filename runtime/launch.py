@@ -29,14 +29,16 @@ class Diverged(RuntimeError):
     """The loss is not a number any more."""
 
 
-def check_finite(loss: float, step: int, checkpoints: str | Path | None = None) -> None:
-    """Raise Diverged where the loss is NaN or infinite: call it before the weights are changed."""
+def check_finite(
+    loss: float, step: int, checkpoints: str | Path | None = None, name: str = "loss"
+) -> None:
+    """Raise Diverged where the loss, or what `name` says, is NaN or infinite."""
     loss = float(loss)
     if math.isfinite(loss):
         return
     last = latest(checkpoints) if checkpoints else None
     kept = "" if last is None else f"; the last good checkpoint is {step_path(checkpoints, last)}"
-    raise Diverged(f"the loss is {loss} at step {step}{kept}; try a lower --lr")
+    raise Diverged(f"the {name} is {loss} at step {step}{kept}; try a lower --lr")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -49,7 +51,7 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        known = ("auto", "cpu", "cuda", "mps")
+        known = ("auto", "cpu", "cuda")
         reason = str(error).split("\n")[0]
         raise UserError(
             f"--device {name} can't be used ({reason}); it takes {', '.join(known)}"

@@ -71,6 +71,8 @@ def _old(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":
+        return  # Windows syncs only what is open for writing
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

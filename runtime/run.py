@@ -23,7 +23,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from runtime import parallel
+from runtime.checkpoint import latest, load_state, save_state
 from runtime.flags import UserError, flag, parse
 from runtime.launch import Diverged, ask_to_stop, check_finite, launch, pick_device, stop
 
@@ -56,6 +57,7 @@ class Timer:
 
     seconds: float = 0.0
     tokens: int = 0
+    peak_mb: float = 0.0  # memory, of the GPU where there is one
 
 
 class Run:
@@ -73,6 +75,7 @@ class Run:
         self.metrics = self.out / "metrics.jsonl"
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run
         self._recent: dict[str, Timer] = {}  # by phase, since the last `timing()`
+        self._saved: dict[str, int] = {}  # by phase, the step of the last checkpoint
         self._file = None
         if parallel.is_main():
             free = (*FREE_TO_CHANGE, *may_change)
@@ -156,36 +159,54 @@ class Run:
     def phase(self, name: str) -> Iterator[Timer]:
         """Time a passage: `with run.phase("rollout") as timer: ...; timer.tokens += n`."""
         timer = Timer()
+        _forget_peak()
         start = _now()
         try:
             yield timer
         finally:
             timer.seconds = _now() - start
             recent = self._recent.setdefault(name, Timer())
+            recent.peak_mb = max(recent.peak_mb, _peak_mb())
             recent.seconds += timer.seconds
             recent.tokens += timer.tokens
             self.seconds[name] += timer.seconds
 
     def timing(self) -> dict[str, float]:
-        """For `log`: seconds, and tokens per second, of each phase since the last call."""
+        """For `log`: seconds, tokens per second and peak memory, by phase, since the last call."""
         recent, self._recent = self._recent, {}
-        numbers = {f"seconds_{name}": round(timer.seconds, 4) for name, timer in recent.items()}
+        numbers = {}
         for name, timer in recent.items():
+            numbers[f"seconds_{name}"] = round(timer.seconds, 4)
+            numbers[f"peak_mb_{name}"] = round(timer.peak_mb, 1)
             if timer.tokens:
                 numbers[f"tokens_per_second_{name}"] = round(timer.tokens / timer.seconds, 1)
         return numbers
 
-    def peak_memory(self) -> dict[str, float]:
-        """MB that this process held at most, and that its GPU held."""
-        numbers = {}
-        if sys.platform != "win32":
-            import resource  # there is none on Windows
+    def resume(self, phase: str, parts: dict[str, Any]) -> int:
+        """Load the phase's newest checkpoint into `parts`, models and optimizers by name, and drop
+        the lines logged after it; how many steps it has seen (0 where there is none)."""
+        directory = self.checkpoints(phase)
+        done = latest(directory) or 0
+        if done:
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            for name, state in load_state(directory, done, saved).items():
+                parts[name].load_state_dict(state)
+        self.rewind(phase, done)
+        self._saved[phase] = done
+        return done
 
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            numbers["peak_mb"] = round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-        if torch.cuda.is_available():
-            numbers["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-        return numbers
+    def goes_on(self, phase: str, done: int, parts: dict[str, Any], every: int) -> bool:
+        """After each step: save if `every` steps have been done since the last time, or if Ctrl-C
+        was pressed, and return False in the latter case."""
+        stopping = self.stopping
+        if stopping or done - self._saved.get(phase, 0) >= every:
+            self._saved[phase] = done
+            saved = {name: part.state_dict() for name, part in parts.items()}
+            save_state(self.checkpoints(phase), done, saved)
+        return not stopping
+
+    def checkpoints(self, phase: str) -> Path:
+        return self.out / "checkpoints" / phase
 
     @property
     def stopping(self) -> bool:
@@ -198,6 +219,31 @@ def _now() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # else a phase ends before its kernels do
     return time.perf_counter()
+
+
+def _forget_peak() -> None:
+    """Let the peak of memory begin anew. On Linux the kernel can be asked to; elsewhere the peak is
+    that of the whole run so far."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with suppress(OSError):  # some containers forbid it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb() -> float:
+    """MB that this process, or its GPU, held at most since `_forget_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    if sys.platform == "win32":
+        return 0.0  # not measured
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ import grpo
 from data.problems import Problem
 from grpo import (
     Rollout, Settings, describe, group_advantages, grpo_loss, importance_ratio, kl_estimate,
-    lay_out, micro_batches, reference_logprobs, rollout, step, token_weights,
+    lay_out, reference_logprobs, rollout, step, token_weights,
 )  # fmt: skip
 from model import Config, Transformer
 from runtime import parallel
@@ -488,42 +488,49 @@ def test_a_group_that_differs_by_rounding_only_has_no_signal():
 # --- the layout
 
 
-def test_every_token_of_an_output_is_trained_the_eos_too_and_nothing_else():
-    prompts = [[1, 2, 3], [4], [5, 0, 5]]
-    outputs = [Output(tokens, [0.0] * len(tokens), "stop")
-               for tokens in ([4, 4, 0], [0], [6, 7])]  # fmt: skip
-    laid = lay_out(prompts, outputs, 9, False, torch.device("cpu"))
-    trained = {o: [] for o in range(3)}
+CPU = torch.device("cpu")
+
+
+def four_outputs() -> Rollout:
+    """Of two questions; one has the EOS's number in its prompt, and two outputs are short."""
+    groups = [[[4, 4, 4, 0], [0]], [[6, 7], [1, 2, 3, 0]]]
+    return handmade(make_model(DENSE), [[1, 2, 3], [5, 0, 5]], groups, [[0, 1], [0, 1]])
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [1, 2, 3], [3]])
+def test_every_token_of_an_output_is_trained_the_eos_too_and_nothing_else(chosen):
+    batch, settings = four_outputs(), replace(SETTINGS, group_size=2, row_tokens=12)
+    laid = lay_out(batch, chosen, settings, CPU)
+    trained: dict[int, list[int]] = {}
     for token, o in zip(laid.packed.tokens_BT[laid.mask_BT].tolist(), laid.output_N.tolist()):
-        trained[o].append(token)
-    assert trained == {0: [4, 4, 0], 1: [0], 2: [6, 7]}
+        trained.setdefault(o, []).append(token)
+    assert trained == {i: batch.outputs[o].tokens for i, o in enumerate(chosen)}
     pads = laid.packed.documents_BT < 0
-    assert pads.any() and not (pads & laid.mask_BT).any()  # they hold the EOS's number here
+    assert pads.any() == (len(chosen) > 1)  # a single one needs none
+    assert not (pads & laid.mask_BT).any()  # they hold the EOS's number here
+    for i, o in enumerate(chosen):  # each stands behind its own question
+        document = laid.packed.tokens_BT[laid.packed.documents_BT == i].tolist()
+        assert document == prompt_of(batch, o) + batch.outputs[o].tokens
 
 
 def test_micro_batches_cut_the_tokens_where_they_cut_the_rows():
-    laid = lay_out(
-        [[1]] * 5, [Output([2] * n, [0.0] * n, "stop") for n in (3, 6, 1, 5, 2)], 7, False,
-        torch.device("cpu"),
-    )  # fmt: skip
-    for rows in (1, 2, 3, 100):
-        found = torch.cat([
-            laid.packed.documents_BT[part][laid.mask_BT[part]]
-            for part, _ in micro_batches(laid, rows)
-        ])  # fmt: skip
-        assert torch.equal(found, laid.output_N)
-        for part, tokens in micro_batches(laid, rows):
-            assert laid.output_N[tokens].tolist() == (
-                laid.packed.documents_BT[part][laid.mask_BT[part]].tolist()
-            )
+    laid = lay_out(four_outputs(), range(4), replace(SETTINGS, group_size=2, row_tokens=8), CPU)
+    assert len(laid.mask_BT) > 2
+    for rows in (1, 2, 100):
+        parts = list(laid.micro_batches(rows))
+        assert torch.equal(torch.cat([laid.output_N[n] for _, n in parts]), laid.output_N)
+        for part, n in parts:
+            assert torch.equal(part.packed.documents_BT[part.mask_BT], laid.output_N[n])
+            assert torch.equal(part.output_N, laid.output_N[n])
+            assert torch.equal(part.place_N, laid.place_N[n])
 
 
 def test_numbers_of_an_output_are_picked_in_the_order_of_the_layout():
-    prompts, outputs = [[1], [2, 2], [3]], [Output([4] * n, [0.0] * n, "stop") for n in (2, 5, 3)]
-    laid = lay_out(prompts, outputs, 8, False, torch.device("cpu"))
-    values = [100.0 * o + torch.arange(len(output.tokens)) for o, output in enumerate(outputs)]
+    batch = four_outputs()
+    laid = lay_out(batch, range(4), replace(SETTINGS, group_size=2, row_tokens=8), CPU)
+    values = [100.0 * o + torch.arange(len(each.tokens)) for o, each in enumerate(batch.outputs)]
     wanted = [100.0 * o + t for o, t in zip(laid.output_N.tolist(), laid.place_N.tolist())]
-    assert laid.pick(values).tolist() == wanted
+    assert laid.pick(values, torch.float64).tolist() == wanted
     assert sorted(wanted) == torch.cat(values).tolist()
 
 
@@ -711,17 +718,16 @@ def test_the_minibatches_of_a_rollout_hold_each_question_once(monkeypatch, quest
     batch = draw(model, settings, numbers=range(questions))
     seen = []
 
-    def record(prompts, outputs, *rest):
-        seen.append([(prompt, output.tokens) for prompt, output in zip(prompts, outputs)])
-        return lay_out(prompts, outputs, *rest)
+    def record(batch, chosen, *rest):
+        seen.append(list(chosen))
+        return lay_out(batch, chosen, *rest)
 
     monkeypatch.setattr(grpo, "lay_out", record)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     for minibatch in range(minibatches):
         step(model, optimizer, batch, settings, minibatch, minibatches)
-    everything = [(prompt_of(batch, o), output.tokens) for o, output in enumerate(batch.outputs)]
     assert len(seen) == minibatches
-    assert [pair for part in seen for pair in part] == everything
+    assert [o for part in seen for o in part] == list(range(len(batch.outputs)))
     sizes = [len(part) // settings.group_size for part in seen]
     assert max(sizes) - min(sizes) <= 1
 

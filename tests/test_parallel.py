@@ -65,9 +65,10 @@ def main(config):
     rank, out = parallel.rank(), {}
     out["world"] = [rank, parallel.world_size(), parallel.is_main()]
     out["shares"] = [list(parallel.shard(range(n))) for n in LENGTHS]
-    out["gathered"] = [parallel.gather_list([f"item {i}" for i in share]) for share in out["shares"]]
+    named = [[f"item {i}" for i in share] for share in out["shares"]]
+    out["gathered"] = [parallel.gather_list(share) for share in named]
     tensor = torch.tensor([1.5, rank])
-    out["sums"] = [parallel.all_sum(rank + 1), parallel.all_sum(0.1), parallel.all_sum(2**53 + rank)]
+    out["sums"] = [parallel.all_sum(number) for number in (rank + 1, 0.1, 2**53 + rank)]
     out["tensor sum"], out["tensor left"] = parallel.all_sum(tensor).tolist(), tensor.tolist()
 
     model = toy(seed=rank)
