@@ -406,9 +406,7 @@ class Gate(nn.Module):
             best = min(2, grouped_BTge.shape[-1])
             group_scores_BTg = grouped_BTge.topk(best, -1).values.sum(-1)
             kept_BTm = group_scores_BTg.topk(config.topk_group, -1).indices
-            lost_BTg = torch.ones_like(group_scores_BTg, dtype=torch.bool).scatter_(
-                -1, kept_BTm, False
-            )
+            lost_BTg = torch.ones_like(group_scores_BTg).scatter(-1, kept_BTm, 0).bool()
             # -inf and not 0: with negative biases a losing expert's 0 would win.
             biased_BTE = grouped_BTge.masked_fill(lost_BTg.unsqueeze(-1), float("-inf")).flatten(-2)
         return biased_BTE.topk(config.num_experts_per_tok, -1).indices
@@ -453,17 +451,13 @@ class MoE(nn.Module):
         D, F = config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config)
         self.experts = Experts(config.n_routed_experts, D, F)
-        self.shared_experts = (
-            MLP(D, F * config.n_shared_experts) if config.n_shared_experts else None
-        )
+        shared = config.n_shared_experts
+        self.shared_experts = MLP(D, F * shared) if shared else None
 
     def forward(self, x_BTD: Tensor, route_BTA: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.gate(x_BTD, route_BTA)
-        weights_NA, experts_NA = (
-            routing.weights_BTA.flatten(0, 1),
-            routing.experts_BTA.flatten(0, 1),
-        )
-        y_BTD = self.experts(x_BTD.flatten(0, 1), weights_NA, experts_NA).view_as(x_BTD)
+        flat = (part.flatten(0, 1) for part in (x_BTD, routing.weights_BTA, routing.experts_BTA))
+        y_BTD = self.experts(*flat).view_as(x_BTD)
         if self.shared_experts is not None:
             y_BTD = y_BTD + self.shared_experts(x_BTD)
         return y_BTD, routing
@@ -578,12 +572,10 @@ class Transformer(nn.Module):
         routings: list[Routing] = []
         for i, block in enumerate(self.model.layers[: self.config.num_hidden_layers]):
             cache_BSX = None if cache_MBSX is None else cache_MBSX[i]
-            route = (
-                None
-                if routes_BTMA is None or not block.is_moe
-                else routes_BTMA[:, :, len(routings)]
-            )
-            x_BTD, routing = block(x_BTD, rows, cache_BSX, route)
+            route_BTA = None
+            if routes_BTMA is not None and block.is_moe:
+                route_BTA = routes_BTMA[:, :, len(routings)]
+            x_BTD, routing = block(x_BTD, rows, cache_BSX, route_BTA)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x_BTD), routings

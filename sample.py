@@ -89,7 +89,7 @@ class Slots:
         config, device = model.config, model.lm_head.weight.device
         self.model, self.count, self.width = model, count, width
         self.request = [-1] * count  # which request a slot works on; -1: free
-        self.cache_MBSX = model.new_cache(count, width)
+        self.cache_MBSX = model.new_cache(count, min(width, 256))  # grows when it has to
         self.logits_BV = torch.zeros(
             count, config.vocab_size, device=device, dtype=self.cache_MBSX.dtype
         )
@@ -113,14 +113,22 @@ class Slots:
         for slot, request in zip(slots, requests):
             self.request[slot] = request
         length = prefix.cache_MSX.shape[1]
+        self.reserve(length)
         self.cache_MBSX[:, slots, :length] = prefix.cache_MSX.unsqueeze(1)
         self.logits_BV[slots] = prefix.logits_V
         self.position_B[slots] = length
-        self.written_B[slots] = 0
         self.uniform_BT[slots] = torch.from_numpy(streams).to(self.uniform_BT.device)
         if self.routes_BSMA is not None:
             self.routes_BSMA[slots, :length] = prefix.routes_SMA
-            self.routes_BSMA[slots, length:] = -1
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many tokens in each slot. Few outputs come near the longest allowed, so
+        the cache doubles on demand."""
+        old_MBSX = self.cache_MBSX
+        if length > old_MBSX.shape[2]:
+            room = min(self.width, max(length, 2 * old_MBSX.shape[2]))
+            self.cache_MBSX = self.model.new_cache(self.count, room)
+            self.cache_MBSX[:, :, : old_MBSX.shape[2]] = old_MBSX
 
     def draw(self, temperature: float, top_p: float) -> Tensor:
         """One more token in every slot, B."""
@@ -136,6 +144,7 @@ class Slots:
         """Feed the drawn tokens; what the model says next goes to `logits_BV`."""
         # Only the filled part of the cache is read, in steps of 16 so that shapes repeat.
         filled = min(self.width, -(-(int(self.position_B.max()) + 1) // 16) * 16)
+        self.reserve(filled)
         hidden_B1D, routings = self.model.hidden(
             tokens_B[:, None], self.position_B[:, None], cache_MBSX=self.cache_MBSX[:, :, :filled]
         )
@@ -226,8 +235,6 @@ def generate(
     width = max((len(key) for key in uses), default=0) + max_new_tokens
     state = Slots(model, min(slots, len(prompts)), width, max_new_tokens, routes)
     stop_tokens = torch.tensor(list(stop), dtype=torch.long, device=state.position_B.device)
-    was_training = model.training
-    model.eval()
     while True:
         if queue:
             fill(state, queue, keys, uses, prefixes, rows, seed, max_new_tokens)
@@ -251,7 +258,6 @@ def generate(
                     on_finish(request, outputs[request])
         if queue or any(request >= 0 for request in state.request):
             state.advance(tokens_B)
-    model.train(was_training)
     return outputs
 
 

@@ -85,6 +85,8 @@ class Config:
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
     # The machine.
     save_every: int = flag(20, "updates between checkpoints")
+    slots: int = flag(256, "outputs written at the same time; fewer need less memory")
+    micro_rows: int = flag(16, "packed rows of a micro-batch; fewer need less memory")
     device: str = flag("auto", "cpu, cuda or auto")
     dtype: Literal["float32", "bfloat16"] | None = flag(None, "of the weights; none: as stored")
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
@@ -110,8 +112,9 @@ class Config:
         grpo_settings(self, done=0)  # and so does this for what concerns GRPO
 
 
+MAY_CHANGE = ("steps", "save_every", "force", "slots")  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
-          "max_new_tokens", "steps", "pretrain_steps")  # fmt: skip
+          "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_rows")  # fmt: skip
 REAL = dict(lr=1e-6, group_size=16, questions=32, minibatches=4, max_new_tokens=1024, steps=400,
             refresh=100, save_every=20, eval_samples=4)  # fmt: skip
 PRESETS = {
@@ -141,7 +144,7 @@ PRESETS = {
 def main(config: Config) -> None:
     source, held_out = questions(config)
     given = load_base(config) if config.model else None
-    run = Run(config.out, config, resume=config.resume, may_change=("steps", "save_every", "force"))
+    run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
     model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
@@ -239,7 +242,8 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
         max_new_tokens=config.raised_max_new_tokens if raised else config.max_new_tokens,
         temperature=config.temperature, eps=config.eps, eps_high=config.eps_high, beta=config.beta,
         ratio=config.ratio, aggregation=config.aggregation, normalize_std=config.normalize_std,
-        mask_truncated=config.mask_truncated, replay_routes=config.replay_routes,
+        mask_truncated=config.mask_truncated, replay_routes=config.replay_routes, slots=config.slots,
+        micro_rows=config.micro_rows,
     )  # fmt: skip
 
 
@@ -303,7 +307,10 @@ def measure(
         if saved["step"] == step:
             return saved["result"]
     run.rewind(f"evaluate {name}", -1)
-    common = dict(max_new_tokens=config.max_new_tokens, seed=config.seed, template=config.template)
+    common = dict(
+        max_new_tokens=config.max_new_tokens, seed=config.seed, template=config.template,
+        slots=config.slots,
+    )  # fmt: skip
     with run.phase("evaluate"):
         result = evaluate(
             model, tokenizer, problems, samples=config.eval_samples, temperature=1.0, top_p=1.0,

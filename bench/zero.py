@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,6 +113,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def phases(name: str) -> str:
+    """Time, speed and memory of a run by phase, as Markdown."""
+    seconds: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    peaks: dict[str, float] = {}
+    for row in (RESULTS / name / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(row)
+        for key, value in line.items():
+            if key.startswith("seconds_"):
+                phase = key.removeprefix("seconds_")
+                seconds[phase] += value
+                tokens[phase] += value * line.get(f"tokens_per_second_{phase}", 0)
+                peaks[phase] = max(peaks.get(phase, 0), line[f"peak_mb_{phase}"])
+    lines = ["| phase | seconds | tokens/s | peak memory, MB |", "|---|---|---|---|"]
+    for phase in seconds:
+        speed = f"{tokens[phase] / seconds[phase]:,.0f}" if tokens[phase] else ""
+        lines.append(f"| {phase} | {seconds[phase]:.0f} | {speed} | {peaks[phase]:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="README's table of R1-Zero at toy scale")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
@@ -126,6 +147,8 @@ def main() -> None:
             with ThreadPoolExecutor(given.jobs) as pool:
                 list(pool.map(lambda item: run(*item), stage.items()))
     print(table())
+    print()
+    print(phases("seed-0"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ here in full:
 - problems a question and an answer; `Mix` gives the shares:
   - direct      `<think> easy , guess 4 . </think>`    the answer is a random digit
   - worked      `<think> first 7 a +5 = 2 ... so 8 .`  every step is right, but after each step the
-                writer may lose patience (`hazard`) and end with a random digit
+                writer may lose patience (`hazard`) and end in `, guess 4 .`, a random digit
   - reflection  a worked solution in which one step slips, and `wait` corrects it
   - check       a worked solution, then `check` and the whole chain again
   and only `strict` of them put the answer into the <answer> tags.

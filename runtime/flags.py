@@ -107,7 +107,10 @@ def _add_flag(parser, field: dataclasses.Field, kind: Any, defaults: dict[str, A
             hint = nearest(text, get_args(kind)) if get_origin(kind) is Literal else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not {takes}{hint}") from None
 
-    metavar = {int: "N", float: "X"}.get(kind, "TEXT" if kind is str else field.name.upper())
+    metavar = {int: "N", float: "X", str: "TEXT"}.get(kind, field.name.upper())
+    choices = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
+    if choices:
+        metavar = "|".join(get_args(choices))
     parser.add_argument(name, type=read, metavar=metavar, **options)
     return [name]
 

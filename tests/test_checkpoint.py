@@ -21,7 +21,12 @@ from torch import nn
 from model import Config, Transformer
 from runtime import pretrained
 from runtime.checkpoint import (
-    latest, load_pretrained, load_state, save_pretrained, save_state, step_path,
+    latest,
+    load_pretrained,
+    load_state,
+    save_pretrained,
+    save_state,
+    step_path,
 )  # fmt: skip
 from runtime.flags import UserError
 

@@ -14,8 +14,18 @@ import kernels
 import sft
 from data.packing import Packed, pack
 from model import (
-    GQA, MLA, Config, Experts, Gate, Routing, Rows, Transformer, balance_loss, rope_frequencies,
-    rotate, yarn_mscale,
+    GQA,
+    MLA,
+    Config,
+    Experts,
+    Gate,
+    Routing,
+    Rows,
+    Transformer,
+    balance_loss,
+    rope_frequencies,
+    rotate,
+    yarn_mscale,
 )  # fmt: skip
 from runtime.pretrained import official
 

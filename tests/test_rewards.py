@@ -8,8 +8,16 @@ from fractions import Fraction
 import pytest
 
 import rewards
-from rewards import accuracy_reward, countdown_equal, extract_answer, format_reward
-from rewards import language_reward, majority, math_equal, reflections
+from rewards import (
+    accuracy_reward,
+    countdown_equal,
+    extract_answer,
+    format_reward,
+    language_reward,
+    majority,
+    math_equal,
+    reflections,
+)
 
 GOOD = "<think> 6 * 7 </think> <answer> 42 </answer>"
 HUGE = 300_000  # characters: more than an output of 32,768 tokens

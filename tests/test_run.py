@@ -21,7 +21,15 @@ from runtime import launch as launching
 from runtime import run as running
 from runtime.checkpoint import save_state
 from runtime.run import (
-    Diverged, Run, UserError, check_finite, flag, launch, parse, pick_device, progress,
+    Diverged,
+    Run,
+    UserError,
+    check_finite,
+    flag,
+    launch,
+    parse,
+    pick_device,
+    progress,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent

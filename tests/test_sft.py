@@ -23,8 +23,18 @@ from runtime import parallel
 from runtime.checkpoint import load_state, save_state
 from runtime.run import Run, UserError
 from sft import (
-    Muon, Objective, check_competence, cosine, expert_load, initialize_small, orthogonalize,
-    set_rates, sft_step, small_optimizers, update, warm_constant_decay,
+    Muon,
+    Objective,
+    check_competence,
+    cosine,
+    expert_load,
+    initialize_small,
+    orthogonalize,
+    set_rates,
+    sft_step,
+    small_optimizers,
+    update,
+    warm_constant_decay,
 )  # fmt: skip
 
 SMALL = Config.preset(

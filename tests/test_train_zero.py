@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 import grpo
 import sft
 import train_zero
-from data.problems import Problem
+from data.problems import Problem, calc_chain
 from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
 from model import Transformer
 from runtime import checkpoint
 from runtime import launch as launching
 from runtime import run as running
-from runtime.pretrained import save_pretrained
+from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.run import launch, parse
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def base(tmp_path_factory) -> Path:
         "toy", vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16,
         num_hidden_layers=2, num_attention_heads=2, kv_lora_rank=8, qk_nope_head_dim=4,
         qk_rope_head_dim=4, v_head_dim=4, n_routed_experts=4, moe_intermediate_size=8,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("models") / "base"
     save_pretrained(Transformer(config), path, tokenizer_files=tokenizer.files())
@@ -256,6 +256,15 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert start(*WHOLE, "--out", tmp_path / "run", "--resume") == 0
+    assert_same_run(tmp_path / "run", whole)
+    runs = (whole, tmp_path / "run")
+    before, after = (json.loads((out / "result.json").read_text()) for out in runs)
+    assert after["seconds"] == pytest.approx(before["seconds"], abs=0.01)  # nor does it take any
+
+
 @pytest.mark.parametrize("name", ["save_json", "save_pretrained"])
 def test_a_kill_between_a_line_and_its_file_leaves_no_line_twice(
     whole, tmp_path, monkeypatch, name
@@ -330,6 +339,61 @@ def test_the_reference_is_replaced_by_the_policy_every_so_many_updates(base, tmp
         assert row["kl"] == pytest.approx(0, abs=1e-9)
     for row in fresh[1::2]:
         assert row["kl"] > 1e-6
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_stays(base, tmp_path, monkeypatch):
+    shares, real = [], sft.set_rates
+    monkeypatch.setattr(
+        sft, "set_rates", lambda optimizers, share: (shares.append(share), real(optimizers, share))
+    )
+    run_from(base, tmp_path / "run", "--steps", "6", "--warmup", "4")
+    assert shares == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_each_rollout_asks_new_questions_in_the_template(base, tmp_path, monkeypatch):
+    asked, real = [], grpo.rollout
+
+    def record(model, tokenizer, numbers, problems, prompts, *rest, **options):
+        asked.append([(each.question, tokenizer.decode(p)) for each, p in zip(problems, prompts)])
+        return real(model, tokenizer, numbers, problems, prompts, *rest, **options)
+
+    monkeypatch.setattr(grpo, "rollout", record)
+    run_from(base, tmp_path / "toy", "--steps", "6")
+    questions = [question for batch in asked for question, _ in batch]
+    assert len(asked) == 3 and len(set(questions)) == 6
+    assert all(prompt == f"User: {q} Assistant:" for batch in asked for q, prompt in batch)
+    held_out = calc_chain().held_out(225)
+    assert not {each.question for each in held_out} & set(questions)
+    asked.clear()
+    run_from(base, tmp_path / "paper", "--steps", "2", "--template", "r1-zero")
+    for question, prompt in asked[0]:
+        assert prompt.startswith("A conversation between User and Assistant.")
+        assert prompt.endswith(f"User: {question}. Assistant:")
+
+
+def test_it_is_measured_as_it_samples_and_greedily(base, tmp_path, monkeypatch):
+    """R1 evaluates at T = 0.6 and top-p 0.95; the curve here is of what RL trains."""
+    options, real = [], train_zero.evaluate
+
+    def record(*args, **kwargs):
+        options.append((kwargs["temperature"], kwargs.get("top_p", 1.0), kwargs["samples"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_zero, "evaluate", record)
+    run_from(base, tmp_path / "run", "--steps", "2")
+    assert options == [(1.0, 1.0, 2), (0.0, 1.0, 1)] * 2
+
+
+def test_a_base_stored_in_bfloat16_learns_at_the_rate_of_the_presets(base, tmp_path):
+    """A step of 1e-6 is lost in a bf16 weight above 5e-4: the weights must be kept in fp32."""
+    model = load_pretrained(base, dtype=torch.bfloat16)
+    save_pretrained(model, tmp_path / "half", tokenizer_files=Tokenizer.toy().files())
+    flags = ["--lr", "1e-6", "--warmup", "1", "--steps", "6"]
+    run_from(tmp_path / "half", tmp_path / "run", *flags)
+    models = (tmp_path / "half", tmp_path / "run" / "model")
+    before, after = (load_file(path / "model.safetensors") for path in models)
+    moved = sum((before[name].float() != after[name].float()).sum().item() for name in before)
+    assert moved > 0.5 * sum(tensor.numel() for tensor in before.values())
 
 
 def test_a_rollout_feeds_several_updates_of_which_the_later_are_off_policy(base, tmp_path):
@@ -433,7 +497,7 @@ def test_questions_that_are_too_long_are_skipped_and_counted(base, tmp_path):
     data = gsm8k(tmp_path / "train.jsonl")
     with data.open("a") as file:
         for i in range(60):
-            file.write(json.dumps({"question": f"{'z' * 300} {i}", "answer": "1"}) + "\n")
+            file.write(json.dumps({"question": f"{'z' * 1100} {i}", "answer": "1"}) + "\n")
     flags = ["--model", base, "--data", data, "--questions", "10", "--steps", "2"]
     assert start(*SMALL, *flags, "--out", tmp_path / "run") == 0
     [first, _] = lines(tmp_path / "run", "rl")
@@ -444,7 +508,7 @@ def test_questions_that_are_too_long_are_skipped_and_counted(base, tmp_path):
 
 
 def test_questions_that_are_all_too_long_are_an_error(base, tmp_path, capsys):
-    data = gsm8k(tmp_path / "train.jsonl", words=100)
+    data = gsm8k(tmp_path / "train.jsonl", words=300)
     test = gsm8k(tmp_path / "test.jsonl")
     flags = [*SMALL, "--model", base, "--data", data, "--out", tmp_path / "run"]
     assert re.search(r"none of \d+ problems fits", refused(capsys, *flags))

@@ -1,0 +1,34 @@
+"""What README points at is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_each_equation_has_its_code_and_its_test():
+    rows = re.findall(r"^\| .+ \| `(\w+\.py)` `(\w+)` \| `(test_\w+\.py)` `(\w+)` \|$", README, re.M)
+    assert len(rows) >= 12
+    for file, name, test_file, test in rows:
+        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(), re.M), name
+        assert f"\ndef {test}(" in (ROOT / "tests" / test_file).read_text(), test
+
+
+def test_the_line_counts_are_about_right():
+    counts = re.findall(r"`(\w+\.py)` \((\d+)(?: lines)?\)", README)
+    assert len(counts) >= 6
+    for file, count in counts:
+        lines = len((ROOT / file).read_text().splitlines())
+        assert abs(lines - int(count)) <= 25, f"{file} has {lines} lines, README says {count}"
+
+
+def test_every_file_that_readme_links_to_is_there():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_first_code_block_has_two_commands():
+    block = README.split("```bash\n")[1].split("```")[0]
+    assert len(block.strip().splitlines()) == 2
+    assert "python train_zero.py" in block and "python -m pytest" in block
