@@ -381,7 +381,7 @@ def summarize(groups: list[dict], samples: int, skipped: int = 0) -> dict:
     for level in sorted({group["level"] for group in groups}):
         same = [group for group in groups if group["level"] == level]
         by_level[str(level)] = {key: mean(g[key] for g in same) for key in ("pass@1", "tokens")}
-    interval = [result["pass@1"] - half, result["pass@1"] + half]
+    interval = [max(0.0, result["pass@1"] - half), min(1.0, result["pass@1"] + half)]
     return {**result, "interval": interval, "by_level": by_level, "problems": len(groups),
             "samples": samples, "skipped": skipped}  # fmt: skip
 

@@ -322,12 +322,13 @@ def measure(
     result["greedy"] = greedy["pass@1"]
     run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
     run.save_json(file.name, dict(step=step, result=result))
-    if result[f"pass@{config.eval_samples}"] == 0 and parallel.is_main():
+    solved = result[f"pass@{config.eval_samples}"]
+    if solved < 0.05 and parallel.is_main():
         print(
-            f"{name}: none of {result['problems'] * result['samples']} outputs is right"
-            f" ({result['unparsed']:.0%} had no answer that could be read,"
-            f" {result['truncated']:.0%} were cut off): no group has a better output than another,"
-            " so accuracy gives RL nothing to reinforce. It needs a base that solves some of the"
+            f"{name}: {solved:.1%} of the questions are ever solved in {config.eval_samples} outputs"
+            f" ({result['unparsed']:.0%} of these had no answer that could be read,"
+            f" {result['truncated']:.0%} were cut off). Where all outputs of a question are equally"
+            " wrong, accuracy gives RL nothing to reinforce: it needs a base that solves some of the"
             " questions sometimes."
         )
     return result
