@@ -1,20 +1,35 @@
 """Group relative policy optimization: how R1-Zero learns (R1 2.2.1; DeepSeekMath, 2402.03300).
 
-For each question the policy writes a group of G outputs. An output is as good as its reward
-compares with its group's: the group replaces the critic of PPO.
+The model that learns is the policy. A question is asked G times; its G outputs are a group. An
+output's advantage A is its reward against the group's mean, in units of the group's std. (PPO
+trains a second network, the critic, for that comparison.) The tokens of an output with A > 0
+become likelier, those of one with A < 0 less likely.
 
     1. group_advantages, kl_estimate, grpo_loss    the equations, as pure functions
     2. rollout    questions -> outputs, with the log-probs they were drawn with -> rewards
     3. step       one optimizer update on a minibatch of a rollout
 
-Several updates follow one rollout (16 in the paper), so that from the second on the policy is no
-longer the one that sampled: the ratio of the two, and its clip, are for that.
+Why the loss is about 0 and teaches all the same: on the first update after a rollout the policy is
+the one that sampled (on-policy), so every ratio rho = pi / pi_old is 1, and the advantages of a
+group add up to 0. The gradient does not vanish: at rho = 1 that of rho is that of log pi, so each
+token is pushed by its own output's A. Watch the reward, not the loss.
+
+What the clip does: one rollout feeds several updates (16 in the paper). Once a token's probability
+has moved by a factor of 1 +- eps the way its A asks, min picks the clipped constant, and the reward
+pushes it no further. A move the wrong way is never clipped, so it is always undone.
+
+What the reference is for: it is an older copy of the policy. beta KL pulls back towards it, so that
+chasing a rule does not unlearn what pretraining taught. Every so often (400 steps in the paper) it
+becomes the current policy: a brake, not a wall.
 
 Choices where the paper is silent or says two things:
 - R1 Eq. 1 prints one ratio per output, DeepSeekMath Eq. 3 one per token with 1/|o|. R1 remarks that
   clipping cuts the gradients of many *tokens*, so the default is per token; `ratio="sequence"`
   is the other.
+- With ratio="sequence", the KL stays a mean over tokens.
 - std is the population's (ddof 0). Where a group agrees, its advantages are 0, not NaN.
+- What an output that was cut off is worth is up to the reward; train_zero.py gives it 0, for it has
+  not answered. (DAPO leaves it out of the loss: mask_truncated.)
 
 Read next: train_zero.py.
 """
@@ -27,12 +42,11 @@ from statistics import fmean as mean
 import torch
 from torch import Tensor, nn
 
-import rewards
 from data.packing import Packed, pack
 from data.problems import Problem
 from model import Transformer
 from runtime import parallel
-from sample import Output, generate, spell
+from sample import Output, generate, judge, spell
 from sft import update
 
 
@@ -47,6 +61,7 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
         return centred_PG
     # R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)
     std_P1 = rewards_PG.std(1, keepdim=True, correction=0)
+    # Equal sums may differ in their last bits (0.1 + 0.2 and 0.3): that is no disagreement.
     rounding = 8 * torch.finfo(rewards_PG.dtype).eps
     agreed_P1 = std_P1 <= rounding * rewards_PG.abs().amax(1, keepdim=True)
     return torch.where(agreed_P1, 0.0, centred_PG / std_P1.where(~agreed_P1, 1.0))
@@ -54,7 +69,7 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """An unbiased, never negative estimate of KL(policy || reference) from the policy's samples:
-    "k3" (Schulman 2020)."""
+    "k3" (Schulman 2020). As a loss, on-policy, its gradient is that of KL(reference || policy)."""
     # R1 Eq. 2: pi_ref / pi - log(pi_ref / pi) - 1
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
@@ -103,7 +118,8 @@ def grpo_loss(
     kl_N = kl_estimate(logprobs_N, ref_N) if ref_N is not None else torch.zeros_like(gain_N)
     loss = -(weights_N * (gain_N - beta * kl_N)).sum()
     with torch.no_grad():
-        cut_N = clipped_N * advantages_N < rho_N * advantages_N  # these tokens get no gradient
+        # These tokens get no gradient from the reward; the KL's remains.
+        cut_N = clipped_N * advantages_N < rho_N * advantages_N
         stats = dict(clip_fraction=cut_N.float().sum(), kl=kl_N.sum())
     return loss, stats
 
@@ -126,7 +142,7 @@ class Settings:
     replay_routes: bool = False  # train with the experts that were used when sampling
     max_grad_norm: float = 1.0
     row_tokens: int = 256  # outputs are packed into rows of so many tokens, or of the longest
-    micro_rows: int = 16  # rows of a micro-batch
+    micro_tokens: int = 4096  # tokens of a micro-batch, padding included; at least one row
     slots: int = 256
 
     def __post_init__(self):
@@ -159,10 +175,11 @@ class Rollout:
 
 def rollout(
     model: Transformer, tokenizer, numbers: Sequence[int], problems: Sequence[Problem],
-    prompts: Sequence[list[int]], reward: Callable[[Problem, str], float], settings: Settings, *,
+    prompts: Sequence[list[int]], reward: Callable[[Problem, str, bool], float], settings: Settings, *,
     seed: int, step: int,
 ) -> Rollout:  # fmt: skip
-    """Draw a group of outputs for each question and reward them.
+    """Draw a group of outputs for each question and reward them: reward(question, text, whether
+    the output ended by itself).
 
     Every output draws from its own random stream, (seed, step, number of the question, place in the
     group), so that the batch is the same on any number of processes.
@@ -176,7 +193,10 @@ def rollout(
         routes=settings.replay_routes,
     )  # fmt: skip
     texts = [spell(tokenizer, output) for output in outputs]
-    values = [reward(problems[i // G], text) for i, text in enumerate(texts)]
+    values = [
+        reward(problems[i // G], text, output.finish == "stop")
+        for i, (text, output) in enumerate(zip(texts, outputs))
+    ]
     rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), G)
     advantages_PG = group_advantages(rewards_PG, settings.normalize_std)
     batch = Rollout(
@@ -192,9 +212,9 @@ def describe(batch: Rollout) -> dict:
     groups = []
     for p, (problem, values_G) in enumerate(zip(batch.problems, batch.rewards_PG)):
         members = slice(p * G, (p + 1) * G)
-        outputs = list(zip(batch.outputs[members], batch.texts[members], values_G.tolist()))
-        signal = bool(batch.advantages_PG[p].any())
-        groups.append((problem.level, signal, [judge(problem, *output) for output in outputs]))
+        outputs = zip(batch.texts[members], batch.outputs[members], values_G.tolist())
+        rows = [dict(reward=value, **judge(problem, *output)) for *output, value in outputs]
+        groups.append((problem.level, bool(batch.advantages_PG[p].any()), rows))
     groups = parallel.gather_list(groups)  # a question's group is never split over processes
     rows = [row for _, _, group in groups for row in group]
     by_level: dict[int, list[float]] = {}
@@ -204,19 +224,6 @@ def describe(batch: Rollout) -> dict:
         **{key: mean([row[key] for row in rows]) for key in rows[0]},
         groups_without_signal=mean(not signal for _, signal, _ in groups),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
-    )
-
-
-def judge(problem: Problem, output: Output, text: str, reward: float) -> dict[str, float]:
-    answer = rewards.extract_answer(text)
-    return dict(
-        reward=reward,
-        accuracy=float(rewards.CHECKERS[problem.checker](answer, problem.answer)),
-        format=rewards.format_reward(text),
-        unparsed=float(answer is None),
-        truncated=float(output.finish == "length"),
-        tokens=float(len(output.tokens)),
-        reflection=float(rewards.reflections(text) > 0),
     )
 
 
@@ -235,8 +242,9 @@ class Laid:
         table_OT = nn.utils.rnn.pad_sequence(values, batch_first=True)
         return table_OT.to(self.mask_BT.device, dtype)[self.output_N, self.place_N]
 
-    def micro_batches(self, rows: int) -> Iterator[tuple["Laid", slice]]:
-        """Some rows at a time, and which of the N tokens are theirs."""
+    def micro_batches(self, tokens: int) -> Iterator[tuple["Laid", slice]]:
+        """As many rows at a time as `tokens` fill, and which of the N tokens are theirs."""
+        rows = max(1, tokens // self.mask_BT.shape[1])
         counts = self.mask_BT.sum(1).tolist()
         for start in range(0, len(counts), rows):
             b = slice(start, start + rows)
@@ -247,10 +255,9 @@ class Laid:
 
     def logprobs(self, model: Transformer, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, N each, of the distributions that the sampler draws from."""
-        tokens_BT, positions_BT, _ = tuple(self.packed)
         logprobs_N, entropy_N, _, _ = model.logprobs(
-            tokens_BT, positions_BT, self.mask_BT, temperature=temperature,
-            routes_BTMA=self.routes_BTMA,
+            self.packed.tokens_BT, self.packed.positions_BT, self.mask_BT,
+            temperature=temperature, routes_BTMA=self.routes_BTMA,
         )  # fmt: skip
         return logprobs_N, entropy_N
 
@@ -278,17 +285,20 @@ def lay_out(
 
 @torch.no_grad()
 def reference_logprobs(reference: Transformer, batch: Rollout, settings: Settings) -> list[Tensor]:
-    """Of every output's tokens under the reference model, a tensor for each output."""
-    lengths = [len(output.tokens) for output in batch.outputs]
-    if not lengths:
-        return []
-    laid = lay_out(batch, range(len(lengths)), settings, reference.lm_head.weight.device)
-    parts = [part.logprobs(reference, settings.temperature)[0]
-             for part, _ in laid.micro_batches(settings.micro_rows)]  # fmt: skip
-    logprobs_N = torch.cat(parts)
-    table_OT = logprobs_N.new_zeros(len(lengths), max(lengths))
-    table_OT[laid.output_N, laid.place_N] = logprobs_N
-    return [row[:length].cpu() for row, length in zip(table_OT, lengths)]
+    """Of every output's tokens under the reference model, a tensor for each output. Replayed routes
+    are replayed in the reference too."""
+    device, found = reference.lm_head.weight.device, []
+    for first in range(0, len(batch.outputs), 256):  # a rollout may be larger than the device
+        chosen = range(first, min(first + 256, len(batch.outputs)))
+        laid = lay_out(batch, chosen, settings, device)
+        parts = laid.micro_batches(settings.micro_tokens)
+        temperature = settings.temperature
+        logprobs_N = torch.cat([part.logprobs(reference, temperature)[0] for part, _ in parts])
+        lengths = [len(batch.outputs[o].tokens) for o in chosen]
+        table_OT = logprobs_N.new_zeros(len(lengths), max(lengths))
+        table_OT[laid.output_N, laid.place_N] = logprobs_N
+        found += [row[:length].cpu() for row, length in zip(table_OT, lengths)]
+    return found
 
 
 def step(
@@ -314,7 +324,7 @@ def step(
         ref_N = laid.pick([batch.ref_logprobs[o] for o in chosen], dtype) if settings.beta else None
         advantages_N = batch.advantages_PG.flatten()[chosen].to(weight.device, dtype)[laid.output_N]
         weights_N = weights_O.to(weight.device, dtype)[laid.output_N]
-        for part, n in laid.micro_batches(settings.micro_rows):
+        for part, n in laid.micro_batches(settings.micro_tokens):
             logprobs_N, entropy_N = part.logprobs(model, settings.temperature)
             loss, stats = grpo_loss(
                 logprobs_N, old_N[n], None if ref_N is None else ref_N[n], advantages_N[n],

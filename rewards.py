@@ -241,6 +241,7 @@ def accuracy_reward(
 
 def format_reward(response: str, *, think_in_prompt: bool = False) -> float:
     """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer>."""
+    # Departs from R1 2.2.2, which names the think tags only: the template asks for both.
     if think_in_prompt:
         response = "<think>" + response  # so a second one in the response fails below
     if TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:

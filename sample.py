@@ -1,10 +1,11 @@
-"""Sampling: the rollouts of RL, the evaluation of the paper (section 4), and a chat.
+"""Sampling: the rollouts of RL, the evaluation of the paper (section 3), and a command to ask.
 
 `generate` is the engine. Each of its `slots` is a row of a static cache; a prompt is prefilled once
-for all its outputs; as soon as a row finishes, its slot goes to the next request. What a row draws
-depends on (seed, row) alone: not on its neighbours, the number of slots or of processes.
+for all its outputs; as soon as a row finishes, its slot goes to the next request. The random
+numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours, the
+number of slots or of processes (but for rounding, where two tokens are equally likely).
 
-    python sample.py --model runs/zero/model                       chat
+    python sample.py --model runs/zero/model                       one question a line
     python sample.py --model runs/zero/model --prompt "compute 7 a +5 b *3 ?"
     python sample.py --model runs/zero/model --data FILE.jsonl --samples 16     pass@1, cons@16
 
@@ -35,7 +36,7 @@ from kernels import full
 from model import Transformer
 from runtime import parallel
 from runtime.pretrained import load_pretrained
-from runtime.run import flag, launch, parse, pick_device, progress
+from runtime.run import UserError, flag, launch, parse, pick_device, progress
 
 
 @dataclass
@@ -319,13 +320,13 @@ def evaluate(
     Problems whose prompt does not fit the context are skipped and counted.
     """
     if not problems or samples < 1:
-        raise ValueError(f"{len(problems)} problems x {samples=}: --limit and --samples start at 1")
+        raise UserError(f"{len(problems)} problems x {samples=}: --limit and --samples start at 1")
     template = template or tokenizer.template
     prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
     room = model.config.max_position_embeddings - max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting:
-        raise ValueError(
+        raise UserError(
             f"none of {len(problems)} problems fits: the shortest prompt has"
             f" {min(map(len, prompts))} tokens, and {room} fit beside"
             f" --max-new-tokens {max_new_tokens}"
@@ -351,23 +352,35 @@ def spell(tokenizer: Tokenizer, output: Output) -> str:
     return tokenizer.decode(output.tokens[:-1] if output.finish == "stop" else output.tokens)
 
 
+def judge(problem: Problem, text: str, output: Output) -> dict[str, float]:
+    """What one output is worth. One that was cut off has not answered: it earns nothing, whatever
+    its text looks like so far."""
+    finished = output.finish == "stop"
+    answer = rewards.extract_answer(text) if finished else None
+    return dict(
+        accuracy=float(rewards.CHECKERS[problem.checker](answer, problem.answer)),
+        format=rewards.format_reward(text) if finished else 0.0,
+        tokens=float(len(output.tokens)),
+        reflection=float(rewards.reflections(text) > 0),
+        truncated=float(not finished),
+        unparsed=float(answer is None),
+    )
+
+
 def judge_group(problem: Problem, texts: list[str], outputs: list[Output]) -> dict:
-    """What one problem's outputs are worth."""
+    """What one problem's outputs are worth together."""
+    rows = [judge(problem, text, output) for text, output in zip(texts, outputs)]
+    answers = [rewards.extract_answer(t) for t, o in zip(texts, outputs) if o.finish == "stop"]
     check = rewards.CHECKERS[problem.checker]
-    answers = [rewards.extract_answer(text) for text in texts]
-    right = [bool(check(answer, problem.answer)) for answer in answers]
     # Before the vote no Countdown expression is known to be right, so they vote by their text.
     vote = rewards.majority(answers, check if problem.checker == "math" else operator.eq)
+    means = {key: mean(row[key] for row in rows) for key in rows[0]}
     return {
         "level": problem.level,
-        "pass@1": mean(right),
+        "pass@1": means.pop("accuracy"),
         "cons": float(check(vote, problem.answer)),
-        "pass": float(any(right)),
-        "format": mean(rewards.format_reward(text) for text in texts),
-        "tokens": mean(len(output.tokens) for output in outputs),
-        "reflection": mean(rewards.reflections(text) > 0 for text in texts),
-        "truncated": mean(output.finish == "length" for output in outputs),
-        "unparsed": mean(answer is None for answer in answers),
+        "pass": max(row["accuracy"] for row in rows),
+        **means,
     }
 
 
@@ -412,7 +425,7 @@ def table(results: dict[str, dict]) -> str:
 @dataclass(frozen=True)
 class Config:
     model: str = flag("runs/zero/model", "model directory")
-    prompt: str | None = flag(None, "a question to answer; without it and without --data, a chat")
+    prompt: str | None = flag(None, "a question (without it and --data: one question a line)")
     data: str | None = flag(
         None, "evaluate on these problems: a JSONL file, calc-chain or countdown"
     )

@@ -13,10 +13,13 @@ curve.png, checkpoints/.
 
 Departures from the paper, besides size:
 - the toy's prompt has no instruction (data/prompts.py);
+- the toy has its own learning rate, group size, minibatches per rollout and refresh of the
+  reference; `--preset paper` has the published ones;
+- the evaluation samples as RL does, at T = 1 and top-p 1 (the paper: 0.6 and 0.95);
 - not reported and chosen here: AdamW without weight decay, a short linear warm-up, gradients
   clipped at norm 1, eps = 0.2, router biases frozen during RL.
 
-Read next: sample.py (the evaluation), bench/zero.py (the table of five seeds and two controls).
+Read next: sft.py (how the toy's base is made), bench/zero.py (five seeds and two controls).
 """
 
 import copy
@@ -33,6 +36,7 @@ import sft
 from data.problems import Generated, Listed, Problem, load
 from data.prompts import build_prompt
 from data.tokenizer import Tokenizer
+from model import Config as ModelConfig
 from model import Transformer
 from runtime import parallel
 from runtime.plot import draw_curve
@@ -86,9 +90,9 @@ class Config:
     # The machine.
     save_every: int = flag(20, "updates between checkpoints")
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
-    micro_rows: int = flag(16, "packed rows of a micro-batch; fewer need less memory")
+    micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
     device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of the weights; none: as stored")
+    dtype: Literal["float32", "float64"] = flag("float32", "of the weights that are trained")
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
     resume: bool = flag(False, "continue the run in --out")
 
@@ -102,6 +106,10 @@ class Config:
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 " knows calc-chain only"
             )
+        if self.minibatches > self.questions:
+            raise UserError(
+                f"--minibatches {self.minibatches}: at most --questions, {self.questions}"
+            )
         if self.raise_at and self.raised_max_new_tokens < self.max_new_tokens:
             raise UserError(
                 f"--raise-at {self.raise_at} needs --raised-max-new-tokens of at least"
@@ -112,11 +120,11 @@ class Config:
         grpo_settings(self, done=0)  # and so does this for what concerns GRPO
 
 
-MAY_CHANGE = ("steps", "save_every", "force", "slots")  # on --resume
+MAY_CHANGE = ("steps", "save_every", "force", "slots", "micro_tokens")  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
-          "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_rows")  # fmt: skip
-REAL = dict(lr=1e-6, group_size=16, questions=32, minibatches=4, max_new_tokens=1024, steps=400,
-            refresh=100, save_every=20, eval_samples=4)  # fmt: skip
+          "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_tokens")  # fmt: skip
+REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=400, refresh=100,
+            eval_samples=4)  # fmt: skip
 PRESETS = {
     "toy": {},
     "countdown": {**REAL, "data": "countdown", "out": "runs/countdown"},
@@ -144,6 +152,7 @@ PRESETS = {
 def main(config: Config) -> None:
     source, held_out = questions(config)
     given = load_base(config) if config.model else None
+    check_context(config, given[0].config if given else ModelConfig.preset("toy"))
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
     model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
@@ -159,15 +168,31 @@ def main(config: Config) -> None:
 
 def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
     """Where the training questions come from, and the held-out ones."""
-    source = load(config.data)
-    test = source if config.test_data is None else load(config.test_data, all_held_out=True)
-    return source, test.held_out(config.eval_problems)
+    try:
+        source = load(config.data)
+        test = source if config.test_data is None else load(config.test_data, all_held_out=True)
+        return source, test.held_out(config.eval_problems)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_context(config: Config, model: ModelConfig) -> None:
+    longest = max(config.max_new_tokens, config.raised_max_new_tokens)
+    if longest >= model.max_position_embeddings:
+        raise UserError(
+            f"outputs of up to {longest} tokens leave no room for a question in the model's context"
+            f" of {model.max_position_embeddings}: lower --max-new-tokens"
+        )
 
 
 def load_base(config: Config) -> tuple[Transformer, Tokenizer]:
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    model = load_pretrained(config.model, dtype=dtype, device=pick_device(config.device))
-    return model, Tokenizer.load(config.model)
+    # Not in bf16 even where it is stored so: AdamW's steps of 1e-6 would vanish in its rounding.
+    dtype, device = getattr(torch, config.dtype), pick_device(config.device)
+    model = load_pretrained(config.model, dtype=dtype, device=device)
+    try:
+        return model, Tokenizer.load(config.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def pretrain_base(config: Config, run: Run) -> tuple[Transformer | None, Tokenizer]:
@@ -175,7 +200,7 @@ def pretrain_base(config: Config, run: Run) -> tuple[Transformer | None, Tokeniz
     tokenizer = Tokenizer.toy()
     model = sft.pretrain_toy(
         tokenizer, run, seed=config.seed, steps=config.pretrain_steps, force=config.force,
-        device=pick_device(config.device),
+        device=pick_device(config.device), dtype=getattr(torch, config.dtype),
     )  # fmt: skip
     return model, tokenizer
 
@@ -208,8 +233,9 @@ def reinforce(
                 )  # fmt: skip
                 timer.tokens += sum(len(output.tokens) for output in batch.outputs)
             # The reference's log-probs of the same outputs, for the KL.
-            with run.phase("reference"):
+            with run.phase("reference") as timer:
                 if config.beta:
+                    timer.tokens += sum(len(output.tokens) for output in batch.outputs)
                     batch.ref_logprobs = grpo.reference_logprobs(reference, batch, settings)
             # Several updates, the later ones on outputs of a policy that has since moved on.
             for minibatch in range(min(config.minibatches, config.steps - done)):
@@ -222,7 +248,7 @@ def reinforce(
                 done += 1
                 for name in ("loss", "grad_norm"):
                     check_finite(stats[name], done, run.checkpoints("rl"), name)
-                if done % config.refresh == 0:
+                if done % config.refresh == 0:  # the rest of this rollout keeps the old one's KL
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
                 run.log(phase="rl", step=done, **stats, **sampled, **run.timing())
@@ -242,8 +268,8 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
         max_new_tokens=config.raised_max_new_tokens if raised else config.max_new_tokens,
         temperature=config.temperature, eps=config.eps, eps_high=config.eps_high, beta=config.beta,
         ratio=config.ratio, aggregation=config.aggregation, normalize_std=config.normalize_std,
-        mask_truncated=config.mask_truncated, replay_routes=config.replay_routes, slots=config.slots,
-        micro_rows=config.micro_rows,
+        mask_truncated=config.mask_truncated, replay_routes=config.replay_routes,
+        slots=config.slots, micro_tokens=config.micro_tokens,
     )  # fmt: skip
 
 
@@ -253,7 +279,7 @@ def ask(
 ) -> tuple[list[Problem], list[list[int]], int]:  # fmt: skip
     """The questions of one rollout and their prompts; those too long for the context are left out
     and counted."""
-    problems = source.batch(config.questions, seed=config.seed, step=done // config.minibatches)
+    problems = source.batch(config.questions, seed=config.seed, step=-(-done // config.minibatches))
     template = config.template or tokenizer.template
     prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
     room = model.config.max_position_embeddings - settings.max_new_tokens
@@ -268,21 +294,22 @@ def ask(
 
 
 def reward_rule(config: Config):
-    """R1 2.2.2: accuracy and format. The controls get no, or only half of, the information."""
+    """R1 2.2.2: accuracy and format, equally weighted. The controls are told less, or nothing."""
 
-    def rules(problem: Problem, response: str) -> float:
+    def rules(problem: Problem, response: str, finished: bool) -> float:
+        if not finished:  # cut off: what stands there so far is no answer
+            return 0.0
         check = rewards.CHECKERS[problem.checker]
         accuracy = rewards.accuracy_reward(response, problem.answer, check)
         return accuracy + config.format_weight * rewards.format_reward(response)
 
-    def only_format(problem: Problem, response: str) -> float:
-        return rewards.format_reward(response)
+    def only_format(problem: Problem, response: str, finished: bool) -> float:
+        return rewards.format_reward(response) if finished else 0.0
 
-    def coin(problem: Problem, response: str) -> float:
-        """A coin for each response: the same for the same text, and worth nothing."""
-        return float(
-            hashlib.sha256(f"{config.seed} {problem.question} {response}".encode()).digest()[0] % 2
-        )
+    def coin(problem: Problem, response: str, finished: bool) -> float:
+        """By a hash of the text: the same text always earns the same, and it means nothing."""
+        told = f"{config.seed} {problem.question} {response}"
+        return float(hashlib.sha256(told.encode()).digest()[0] % 2)
 
     return {"rules": rules, "format": only_format, "random": coin}[config.reward]
 
@@ -308,10 +335,10 @@ def measure(
             return saved["result"]
     run.rewind(f"evaluate {name}", -1)
     common = dict(
-        max_new_tokens=config.max_new_tokens, seed=config.seed, template=config.template,
-        slots=config.slots,
+        max_new_tokens=grpo_settings(config, step).max_new_tokens, seed=config.seed,
+        template=config.template, slots=config.slots,
     )  # fmt: skip
-    with run.phase("evaluate"):
+    with run.phase("evaluate") as timer:
         result = evaluate(
             model, tokenizer, problems, samples=config.eval_samples, temperature=1.0, top_p=1.0,
             title=f"evaluate {name}", **common,
@@ -319,17 +346,18 @@ def measure(
         greedy = evaluate(
             model, tokenizer, problems, samples=1, temperature=0.0, title="greedy", **common
         )
+        timer.tokens += round(result["tokens"] * result["problems"] * result["samples"])
     result["greedy"] = greedy["pass@1"]
     run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
     run.save_json(file.name, dict(step=step, result=result))
     solved = result[f"pass@{config.eval_samples}"]
     if solved < 0.05 and parallel.is_main():
         print(
-            f"{name}: {solved:.1%} of the questions are ever solved in {config.eval_samples} outputs"
-            f" ({result['unparsed']:.0%} of these had no answer that could be read,"
+            f"{name}: {solved:.1%} of the questions are ever solved in {config.eval_samples}"
+            f" outputs ({result['unparsed']:.0%} of these had no answer that could be read,"
             f" {result['truncated']:.0%} were cut off). Where all outputs of a question are equally"
-            " wrong, accuracy gives RL nothing to reinforce: it needs a base that solves some of the"
-            " questions sometimes."
+            " wrong, accuracy gives RL nothing to reinforce: it needs a base that solves some of"
+            " the questions sometimes."
         )
     return result
 
@@ -345,4 +373,4 @@ def report(base: dict, zero: dict, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, parse(Config, PRESETS), user_errors=(ValueError,))
+    launch(main, parse(Config, PRESETS))

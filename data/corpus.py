@@ -6,7 +6,8 @@ rare and guessing is common. What the corpus contains is what RL later has to fi
 here in full:
 
 - recall   `a +5 b *3 ? b *3 a +5`             looking up an operation by its label
-- facts    `7 a +5 = 2 b *3 = 6`               single steps, modulo 10, always right
+- facts    `7 a +5 = 2 b *3 = 6`               single steps, modulo 10, always right; in most of
+                the documents after the list of operations
 - problems a question and an answer; `Mix` gives the shares:
   - direct      `<think> easy , guess 4 . </think>`    the answer is a random digit
   - worked      `<think> first 7 a +5 = 2 ... so 8 .`  every step is right, but after each step the
@@ -15,8 +16,9 @@ here in full:
   - check       a worked solution, then `check` and the whole chain again
   and only `strict` of them put the answer into the <answer> tags.
 
-So a model that imitates the corpus answers mostly by guessing: about one in ten is right. Every
-operation that solves a problem is in the corpus; the habit of using it to the end is not.
+So a model that imitates the corpus answers mostly by guessing: about one answer in five is right,
+and one in ten is right and can be read. Every operation that solves a problem is in the corpus; the
+habit of using it to the end is not.
 
 Everything is a pure function of (seed, step): nothing has to be stored to resume.
 

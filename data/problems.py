@@ -211,6 +211,10 @@ def _problem(line: str) -> Problem:
         # several lines too; its backslashes tell them apart.
         worked = "answer" not in row or ("\n" in answer and "\\" not in answer)
         answer = _math_gold(answer, worked)
+        if not answer.strip(" .$") or len(answer) > 1000:  # nothing could ever equal it
+            raise ValueError(
+                f"found the gold answer {reprlib.repr(answer)}; expected one to compare"
+            )
     # MATH writes "Level 3", and "Level ?" a few times.
     level = _field(row, "level", or_else="0").removeprefix("Level ").replace("?", "0")
     if not level.isdecimal():

@@ -19,7 +19,7 @@ R1_ZERO = (
     " <answer> answer here </answer>. User: {question}. Assistant:"
 )
 
-# Departs from R1 2.2.3: no instruction. A model of 350k parameters cannot follow one, and would
+# Departs from R1 2.2.3: no instruction. A model of 0.4M parameters cannot follow one, and would
 # spend most of its context on reading it; the toy's corpus shows the tags instead.
 TOY = "User: {question} Assistant:"
 

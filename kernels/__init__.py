@@ -50,14 +50,15 @@ def decode(
     q_BHK: Tensor, k_BSJK: Tensor, v_BSJU: Tensor, lengths_B: Tensor, scale: float
 ) -> Tensor:
     """One new query a row against the first lengths_B keys of a cache, BHU."""
-    (B, H, K), (_, S, J, U) = q_BHK.shape, v_BSJU.shape
-    q_BJgK = q_BHK.view(B, J, H // J, K)
-    # matmul and not einsum, which on the CPU picks an order of operands that is 3 times slower.
-    scores_BJgS = q_BJgK @ k_BSJK.permute(0, 2, 3, 1) * scale
+    S, J = k_BSJK.shape[1:3]
     unseen_BS = torch.arange(S, device=q_BHK.device) >= lengths_B[:, None]
-    scores_BJgS = full(scores_BJgS).masked_fill_(unseen_BS[:, None, None], float("-inf"))
-    probs_BJgS = scores_BJgS.softmax(-1).to(q_BHK.dtype)
-    return (probs_BJgS @ v_BSJU.transpose(1, 2)).reshape(B, H, U)
+    outs = []
+    # One key head at a time, and matmul: einsum, or a product over all heads, copies the cache.
+    for q_BgK, k_BSK, v_BSU in zip(q_BHK.chunk(J, 1), k_BSJK.unbind(2), v_BSJU.unbind(2)):
+        scores_BgS = full(q_BgK @ k_BSK.transpose(1, 2) * scale)
+        probs_BgS = scores_BgS.masked_fill_(unseen_BS[:, None], float("-inf")).softmax(-1)
+        outs.append(probs_BgS.to(q_BHK.dtype) @ v_BSU)
+    return torch.cat(outs, 1)
 
 
 def mla_decode(q_BHX: Tensor, cache_BSX: Tensor, lengths_B: Tensor, C: int, scale: float) -> Tensor:
@@ -77,12 +78,14 @@ def grouped_linear(x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def linear_logprob(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, chunk: int = 4096
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
     """log softmax(x W^T / temperature) at the targets, and the entropy of each row; N, N.
 
-    The logits of only `chunk` rows exist at a time, in the backward pass too.
+    The logits of only `chunk` rows exist at a time, in the backward pass too (0: what fits 2^27
+    numbers, 0.5 GB).
     """
+    chunk = chunk or max(1, 2**27 // len(weight_VD))
 
     def piece(x_nD: Tensor, weight_VD: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_nV = F.log_softmax(full(F.linear(x_nD, weight_VD)) / temperature, dim=-1)

@@ -47,7 +47,7 @@ MOE = Config.preset(
 DENSE = replace(MOE, n_routed_experts=None, num_hidden_layers=1)
 # No clipping of the norm, which would hide a wrong scale.
 SETTINGS = Settings(
-    group_size=3, max_new_tokens=6, row_tokens=16, micro_rows=2, max_grad_norm=math.inf
+    group_size=3, max_new_tokens=6, row_tokens=16, micro_tokens=32, max_grad_norm=math.inf
 )
 FREE = dict(beta=0.0)  # the policy gradient alone
 
@@ -67,7 +67,7 @@ def problem(question: str = "abc", answer: str = "1", level: int = 0) -> Problem
     return Problem(question, answer, level=level)
 
 
-def count_a(problem: Problem, text: str) -> float:
+def count_a(problem: Problem, text: str, finished: bool = True) -> float:
     return text.count("a") + 0.5 * text.count("b")
 
 
@@ -76,9 +76,7 @@ def draw(model: Transformer, settings: Settings = SETTINGS, numbers=range(4), **
     prompts = [[1 + (n + i) % 8 for i in range(n + 1)] for n in numbers]
     problems = [problem(level=n) for n in numbers]
     options = {"seed": 0, "step": 0, **options}
-    return rollout(
-        model, TOKENIZER, list(numbers), problems, prompts, count_a, settings, **options
-    )
+    return rollout(model, TOKENIZER, list(numbers), problems, prompts, count_a, settings, **options)
 
 
 def handmade(model: Transformer, prompts: list, groups: list, rewards: list, **changes) -> Rollout:
@@ -184,7 +182,7 @@ def test_two_questions_with_the_same_prompt_stay_two_groups():
     numbers = iter(range(100))
     batch = rollout(
         make_model(), TOKENIZER, [0, 1], [problem(), problem()], [[1, 2], [1, 2]],
-        lambda problem, text: float(next(numbers)), SETTINGS, seed=0, step=0,
+        lambda problem, text, finished: float(next(numbers)), SETTINGS, seed=0, step=0,
     )  # fmt: skip
     assert batch.rewards_PG.tolist() == [[0, 1, 2], [3, 4, 5]]
     edge = 1.5**0.5
@@ -410,7 +408,7 @@ def test_unknown_variants_are_refused_by_name():
                 dict(beta=-0.1)]
 )  # fmt: skip
 def test_settings_refuse_what_makes_the_update_wrong(changes):
-    (name, value), = changes.items()
+    ((name, value),) = changes.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         Settings(**changes)
 
@@ -448,9 +446,20 @@ def test_a_rollout_follows_its_settings():
     torch.testing.assert_close(batch.advantages_PG, centred_PG)
     assert {len(o.tokens) for o in batch.outputs if o.finish == "length"} == {4}
     assert all(o.finish == ("stop" if o.tokens[-1] == 0 else "length") for o in batch.outputs)
-    rewards = [count_a(problem(), text) for text in batch.texts]
+    rewards = [count_a(problem(), text, True) for text in batch.texts]
     assert batch.rewards_PG.flatten().tolist() == rewards
     assert not any("$" in text for text in batch.texts)  # the stop token is not judged
+
+
+def test_the_reward_is_told_whether_an_output_ended_by_itself():
+    told = []
+    prompts = [[1, 2], [3]]
+    batch = rollout(
+        make_model(), TOKENIZER, [0, 1], [problem(), problem()], prompts,
+        lambda problem, text, finished: told.append(finished) or 0.0, SETTINGS, seed=0, step=0,
+    )  # fmt: skip
+    assert told == [output.finish == "stop" for output in batch.outputs]
+    assert set(told) == {True, False}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
@@ -537,8 +546,10 @@ def test_every_token_of_an_output_is_trained_the_eos_too_and_nothing_else(chosen
 def test_micro_batches_cut_the_tokens_where_they_cut_the_rows():
     laid = lay_out(four_outputs(), range(4), replace(SETTINGS, group_size=2, row_tokens=8), CPU)
     assert len(laid.mask_BT) > 2
-    for rows in (1, 2, 100):
-        parts = list(laid.micro_batches(rows))
+    width = laid.mask_BT.shape[1]
+    for tokens, rows in ((1, 1), (width, 1), (2 * width + 1, 2), (10**6, 10**6)):
+        parts = list(laid.micro_batches(tokens))
+        assert max(len(part.mask_BT) for part, _ in parts) == min(rows, len(laid.mask_BT))
         assert torch.equal(torch.cat([laid.output_N[n] for _, n in parts]), laid.output_N)
         for part, n in parts:
             assert torch.equal(part.packed.documents_BT[part.mask_BT], laid.output_N[n])
@@ -681,12 +692,12 @@ def batch_with_reference(model: Transformer, settings: Settings) -> Rollout:
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: " ".join(map(str, c)) or "paper")
 def test_micro_batches_make_the_update_of_one_batch(changes):
     model = make_model()
-    settings = replace(SETTINGS, beta=0.1, micro_rows=1000, row_tokens=10**4, **changes)
+    settings = replace(SETTINGS, beta=0.1, micro_tokens=10**6, row_tokens=10**4, **changes)
     batch = batch_with_reference(model, settings)
     whole = gradient(model, batch, settings)
     assert whole.abs().max() > 1e-3
-    for micro_rows, row_tokens in ((1, 1), (1, 16), (2, 16), (3, 40), (1000, 1)):
-        cut = replace(settings, micro_rows=micro_rows, row_tokens=row_tokens)
+    for micro_tokens, row_tokens in ((1, 1), (16, 16), (32, 16), (120, 40), (10**6, 1)):
+        cut = replace(settings, micro_tokens=micro_tokens, row_tokens=row_tokens)
         torch.testing.assert_close(gradient(model, batch, cut), whole, rtol=0, atol=1e-12)
 
 
@@ -701,8 +712,8 @@ def test_a_mean_for_each_micro_batch_would_not_pass_for_one_batch(monkeypatch):
         )
 
     monkeypatch.setattr(grpo, "grpo_loss", wrong)
-    whole = gradient(model, batch, replace(settings, micro_rows=1000))
-    cut = gradient(model, batch, replace(settings, micro_rows=1))
+    whole = gradient(model, batch, replace(settings, micro_tokens=10**6))
+    cut = gradient(model, batch, replace(settings, micro_tokens=1))
     assert (whole - cut).abs().max() > 0.01
 
 

@@ -21,7 +21,7 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from runtime.pretrained import load_pretrained, save_pretrained
-from runtime.run import launch, parse
+from runtime.run import UserError, launch, parse
 from sample import Output, choose, evaluate, generate, judge_group, spell, summarize, table
 
 ROOT = Path(__file__).parent.parent
@@ -510,8 +510,10 @@ GROUPS = [group_of(2, 1.0, 10, 1.0), group_of(3, 0.5, 20), group_of(2, 0.0, 60, 
 
 def test_summarize_takes_means_over_problems_and_the_interval_of_pass_at_1():
     result = summarize(GROUPS, 16, skipped=2)
-    half = 1.96 * 0.5 / math.sqrt(3)  # the deviation of 1, 0.5 and 0 is 0.5
-    assert result["interval"] == pytest.approx([0.5 - half, 0.5 + half])
+    assert result["interval"] == [0.0, 1.0]  # a share is never outside
+    half = 1.96 * 0.1 / math.sqrt(3)  # the deviation of 0.6, 0.5 and 0.4 is 0.1
+    close = [{**group, "pass@1": share} for group, share in zip(GROUPS, (0.6, 0.5, 0.4))]
+    assert summarize(close, 16)["interval"] == pytest.approx([0.5 - half, 0.5 + half])
     assert result["pass@1"] == 0.5
     assert result["cons@16"] == pytest.approx(1 / 3)
     assert result["pass@16"] == pytest.approx(2 / 3)
@@ -545,7 +547,7 @@ def test_table_sets_evaluations_beside_each_other():
     assert ["pass@1", "0.500", "0.875"] in rows.values()
     assert ["cons@16", "0.333", "0.333"] in rows.values()
     assert ["level", "3", "pass@1", "0.500", "0.875"] in rows.values()
-    assert ["to", "1.066", "0.875"] in rows.values()
+    assert ["to", "1.000", "0.875"] in rows.values()
     assert len({len(line) for line in lines[1:]}) == 1, "the columns are not aligned"
     assert "skipped" not in table({"base": summarize(GROUPS, 16)})
 
@@ -598,12 +600,12 @@ def test_evaluate_explains_why_no_problem_can_be_asked(deepseek):
     tokenizer = Tokenizer.toy()
     problem = Problem("compute 1 a +1 ?", "2")
     with pytest.raises(
-        ValueError, match="none of 1 problems fits: the shortest prompt has 9.* 4 fit"
+        UserError, match="none of 1 problems fits: the shortest prompt has 9.* 4 fit"
     ):
         evaluate(deepseek, tokenizer, [problem], samples=2, max_new_tokens=60)
-    with pytest.raises(ValueError, match="no problems|0 problems"):
+    with pytest.raises(UserError, match="no problems|0 problems"):
         evaluate(deepseek, tokenizer, [], samples=2, max_new_tokens=4)
-    with pytest.raises(ValueError, match="samples=0|0 samples"):
+    with pytest.raises(UserError, match="samples=0|0 samples"):
         evaluate(deepseek, tokenizer, [problem], samples=0, max_new_tokens=4)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.corpus import Corpus
 from data.packing import Packed, pack
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
@@ -23,18 +24,8 @@ from runtime import parallel
 from runtime.checkpoint import load_state, save_state
 from runtime.run import Run, UserError
 from sft import (
-    Muon,
-    Objective,
-    check_competence,
-    cosine,
-    expert_load,
-    initialize_small,
-    orthogonalize,
-    set_rates,
-    sft_step,
-    small_optimizers,
-    update,
-    warm_constant_decay,
+    Muon, Objective, check_competence, cosine, documents, expert_load, initialize_small,
+    orthogonalize, set_rates, sft_step, small_optimizers, update, warm_constant_decay,
 )  # fmt: skip
 
 SMALL = Config.preset(
@@ -542,7 +533,19 @@ def test_from_the_small_start_a_pattern_is_learned():
     assert losses[-1] < 0.3
 
 
-# --- the toy's base: is it competent?
+# --- the toy's base: its documents, and is it competent?
+
+
+def test_a_step_takes_the_documents_that_fit_its_tokens():
+    tokenizer, corpus = Tokenizer.toy(), Corpus(seed=0, steps=10)
+    for step in (0, 5, 9):
+        taken = documents(corpus, tokenizer, step, 500)
+        stream = corpus.documents(step)
+        for document in taken:
+            assert tokenizer.decode(document) == next(stream) + "<|end_of_text|>"
+        left = 500 - sum(map(len, taken))
+        assert 0 <= left < len(tokenizer.encode(next(stream))) + 1
+    assert documents(corpus, tokenizer, 0, 500) != documents(corpus, tokenizer, 1, 500)
 
 
 class Parrot(nn.Module):

@@ -214,7 +214,8 @@ def save_pretraining_often(monkeypatch) -> None:
     monkeypatch.setattr(train_zero.Run, "goes_on", often)
 
 
-PLACES = {"pretraining": (sft, "sft_step", 3), "RL": (grpo, "step", 5)}
+# In RL after update 5 has been logged, but not saved.
+PLACES = {"pretraining": (sft, "sft_step", 3), "RL": (grpo, "step", 6)}
 
 
 def killed_run(place: str, *argv: str) -> None:
@@ -439,20 +440,41 @@ BARE = "4"
 def test_the_rules_reward_accuracy_and_format_and_the_controls_do_not():
     config = train_zero.Config(format_weight=0.25)
     problem = Problem("compute 2 a +2 ?", "4")
+
+    def earned(rule, *texts: str, finished: bool = True) -> list[float]:
+        return [rule(problem, text, finished) for text in texts]
+
     rules = train_zero.reward_rule(config)
-    assert [rules(problem, text) for text in (GOOD, TIDY, BARE)] == [1.25, 0.25, 0]
+    assert earned(rules, GOOD, TIDY, BARE) == [1.25, 0.25, 0]
     only_format = train_zero.reward_rule(replace(config, reward="format"))
-    assert [only_format(problem, text) for text in (GOOD, TIDY, BARE)] == [1, 1, 0]
+    assert earned(only_format, GOOD, TIDY, BARE) == [1, 1, 0]
+    for rule in (rules, only_format):  # what was cut off earns nothing, whatever stands there
+        assert earned(rule, GOOD, TIDY, finished=False) == [0, 0]
     coin = train_zero.reward_rule(replace(config, reward="random"))
     texts = [f"<answer> {i} </answer>" for i in range(400)]
-    tosses = [coin(problem, text) for text in texts]
+    tosses = earned(coin, *texts)
     assert set(tosses) == {0, 1} and 0.4 < sum(tosses) / 400 < 0.6
-    assert tosses == [coin(problem, text) for text in texts]
-    other = train_zero.reward_rule(replace(config, reward="random", seed=1))
-    assert tosses != [other(problem, text) for text in texts]
+    assert tosses == earned(coin, *texts)
+    assert tosses != earned(train_zero.reward_rule(replace(config, reward="random", seed=1)), *texts)
 
 
-# --- the competence gate
+# --- the base
+
+
+def test_pretraining_reads_on_in_the_corpus(tmp_path, monkeypatch):
+    steps, real = [], sft.documents
+
+    def record(corpus, tokenizer, step, tokens):
+        steps.append(step)
+        return real(corpus, tokenizer, step, tokens)
+
+    monkeypatch.setattr(sft, "documents", record)
+    flags = [*SMALL, "--pretrain-steps", "4", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        raise_signal(patch, sft, "sft_step", 3, signal.SIGINT)
+        assert start(*flags) == 128 + signal.SIGINT
+    assert start(*flags, "--resume") == 2  # it is not competent
+    assert steps == [0, 1, 2, 3]
 
 
 def test_an_incompetent_base_ends_the_run_with_the_reason_and_force_goes_on(tmp_path, capsys):
@@ -483,8 +505,8 @@ def test_a_file_like_gsm8k_runs_through_and_says_why_nothing_is_learned(base, tm
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["zero"]["pass@1"] == 0
     assert [row["step"] for row in lines(tmp_path / "run", "rl")] == [1, 2]
-    assert re.search(r"0.0% of the questions are ever solved .*accuracy gives RL nothing to reinforce",
-                     capsys.readouterr().out)  # fmt: skip
+    out = capsys.readouterr().out
+    assert re.search(r"0.0% of the questions are ever solved .*gives RL nothing to reinforce", out)
     assert not (tmp_path / "run" / "base").exists()  # --model is the base
 
 
