@@ -175,8 +175,8 @@ class Rollout:
 
 def rollout(
     model: Transformer, tokenizer, numbers: Sequence[int], problems: Sequence[Problem],
-    prompts: Sequence[list[int]], reward: Callable[[Problem, str, bool], float], settings: Settings, *,
-    seed: int, step: int,
+    prompts: Sequence[list[int]], reward: Callable[[Problem, str, bool], float],
+    settings: Settings, *, seed: int, step: int,
 ) -> Rollout:  # fmt: skip
     """Draw a group of outputs for each question and reward them: reward(question, text, whether
     the output ended by itself).

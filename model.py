@@ -1,4 +1,5 @@
-"""DeepSeek-V3, the model under DeepSeek-R1, and the dense models that R1 was distilled into.
+"""DeepSeek-V3, the model under DeepSeek-R1, and the dense models that R1 was distilled into
+(Qwen2.5; Llama but for the rope scaling of 3.1 and 3.3, which is refused).
 
 Read it beside the DeepSeek-V3 report (arXiv 2412.19437), section 2. From top to bottom: the
 configuration, RMSNorm, rotary positions and YaRN, attention (MLA, then GQA for the dense models),
@@ -16,6 +17,9 @@ A tensor's name ends in its shape:
     S cached keys    K head dim (d_h)   C latent (d_c)       V vocabulary
     N = B*T tokens   R rope dim (d_h^R) L query latent       W = N*A copies of tokens
     M layers         U value head dim   X cached numbers     P prompts, G group
+
+and in lower case k = K + R, r = R/2 pairs of dimensions, g groups of experts, d documents. In
+routes, M counts the MoE layers only.
 
 Departures from the report, each marked where it stands:
 - the MTP module reads [embedding; hidden], as the released weights do; the report prints the
@@ -163,7 +167,7 @@ PRESETS = {
 
 
 class Rows(NamedTuple):
-    """Where each token stands: computed once, read by every layer."""
+    """Where each token of the rows stands: computed once, read by every layer."""
 
     positions_BT: Tensor
     segments_BT: Tensor | None  # which document of its row; None: one document a row
@@ -276,12 +280,14 @@ class MLA(nn.Module):
     def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of K + R numbers a head, the normed latent, and the rotated shared key."""
         B, T, _ = x_BTD.shape
+        # V3 Eq. 6-9: c_Q = W_DQ h;  q = [W_UQ c_Q ; RoPE(W_QR c_Q)]
         if self.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q_nope_BTHK, q_rope_BTHR = q.view(B, T, self.H, -1).split((self.K, self.R), -1)
         q_rope_BTHR = rotate(q_rope_BTHR, rows, interleaved=True)
+        # V3 Eq. 1, 3: c_KV = W_DKV h;  k_R = RoPE(W_KR h), one for all heads
         latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), -1)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rows, interleaved=True).squeeze(2)
         return (
@@ -294,6 +300,7 @@ class MLA(nn.Module):
         self, q_BTHk: Tensor, latent_BTC: Tensor, rope_BTR: Tensor, segments_BT: Tensor | None
     ) -> Tensor:
         B, T, _ = latent_BTC.shape
+        # V3 Eq. 2, 4, 5: k = [W_UK c_KV ; k_R];  v = W_UV c_KV
         kv = self.kv_b_proj(latent_BTC).view(B, T, self.H, self.K + self.U)
         k_BTHK, v_BTHU = kv.split((self.K, self.U), -1)
         shared_BTHR = rope_BTR.unsqueeze(2).expand(-1, -1, self.H, -1)
@@ -301,6 +308,8 @@ class MLA(nn.Module):
         return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, segments_BT).flatten(2)
 
     def absorbed(self, q_BTHk: Tensor, cache_BSX: Tensor, positions_BT: Tensor) -> Tensor:
+        # The same, with the maps on the other side: q . (W_UK c) = (W_UK^T q) . c, and the weighted
+        # sum of W_UV c is W_UV times the weighted sum of c.
         w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
         w_uk_HKC, w_uv_HUC = w_HkC.split((self.K, self.U), 1)
         q_nope_BHK, q_rope_BHR = q_BTHk[:, 0].split((self.K, self.R), -1)
@@ -409,6 +418,7 @@ class Gate(nn.Module):
             lost_BTg = torch.ones_like(group_scores_BTg).scatter(-1, kept_BTm, 0).bool()
             # -inf and not 0: with negative biases a losing expert's 0 would win.
             biased_BTE = grouped_BTge.masked_fill(lost_BTg.unsqueeze(-1), float("-inf")).flatten(-2)
+        # V3 Eq. 16: the K_r experts with the largest s + b
         return biased_BTE.topk(config.num_experts_per_tok, -1).indices
 
     @torch.no_grad()
@@ -472,6 +482,7 @@ def balance_loss(routing: Routing, documents_BT: Tensor, count: int) -> Tensor:
     E, A = scores_BTE.shape[-1], experts_BTA.shape[-1]
     real_N = documents_BT.flatten() >= 0
     document_N = documents_BT.flatten()[real_N]
+    # V3 Eq. 19: s' = s / sum s
     shares_NE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).flatten(0, 1)[real_N]
     chosen_NE = torch.zeros_like(shares_NE).scatter_(1, experts_BTA.flatten(0, 1)[real_N], 1.0)
     zeros_dE = shares_NE.new_zeros(count, E)

@@ -19,6 +19,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean as mean
 from statistics import stdev
 from typing import Literal
@@ -118,6 +119,7 @@ class Slots:
         self.cache_MBSX[:, slots, :length] = prefix.cache_MSX.unsqueeze(1)
         self.logits_BV[slots] = prefix.logits_V
         self.position_B[slots] = length
+        self.written_B[slots] = 0
         self.uniform_BT[slots] = torch.from_numpy(streams).to(self.uniform_BT.device)
         if self.routes_BSMA is not None:
             self.routes_BSMA[slots, :length] = prefix.routes_SMA
@@ -274,7 +276,7 @@ def fill(
         taken.setdefault(keys[request], []).append(request)
     missing = [key for key in taken if key not in prefixes]
     if missing:
-        ahead = dict.fromkeys(keys[request] for request in list(queue)[: 16 * lookahead])
+        ahead = dict.fromkeys(keys[request] for request in islice(queue, 16 * lookahead))
         coming = [key for key in ahead if key not in prefixes and key not in taken]
         missing += coming[: max(0, lookahead - len(missing))]
         for start in range(0, len(missing), lookahead):

@@ -114,12 +114,3 @@ def sum_gradients(model: nn.Module) -> None:
         dist.all_reduce(flat)
         for p, summed in zip(group, flat.split([p.numel() for p in group])):
             p.grad = summed.view_as(p)
-
-
-@torch.no_grad()
-def broadcast_model(model: nn.Module) -> None:
-    """Rank 0's parameters and buffers on every rank."""
-    if world_size() == 1:
-        return
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor, src=0)

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -63,14 +62,13 @@ class Timer:
 class Run:
     """The directory of a run: config.json, metrics.jsonl and whatever the recipe puts beside them.
 
-    Only rank 0 writes. Raises UserError where `out` holds a run already, unless told to resume or
-    to overwrite it, and where the resumed run had another config.
+    Only rank 0 writes. Raises UserError where `out` holds a run already, unless told to resume it,
+    and where the resumed run had another config.
     """
 
     def __init__(
-        self, out: str | Path, config: Any, *, resume: bool = False, overwrite: bool = False,
-        may_change: tuple[str, ...] = (),
-    ):  # fmt: skip
+        self, out: str | Path, config: Any, *, resume: bool = False, may_change: tuple[str, ...] = ()
+    ):
         self.out = Path(out)
         self.metrics = self.out / "metrics.jsonl"
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run
@@ -79,18 +77,16 @@ class Run:
         self._file = None
         if parallel.is_main():
             free = (*FREE_TO_CHANGE, *may_change)
-            self._open(dataclasses.asdict(config), resume, overwrite, free)
+            self._open(dataclasses.asdict(config), resume, free)
         parallel.barrier()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
 
-    def _open(self, config: dict, resume: bool, overwrite: bool, free: tuple[str, ...]) -> None:
+    def _open(self, config: dict, resume: bool, free: tuple[str, ...]) -> None:
         config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
         saved = self.out / "config.json"
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file: give a directory")
-        if overwrite and self.metrics.exists():
-            shutil.rmtree(self.out)
         if (saved.exists() or self.metrics.exists()) and not resume:
             raise UserError(
                 f"{self.out} holds a run already: --resume continues it; or give another --out"

@@ -485,7 +485,7 @@ def test_metrics_by_hand():
 
     problems = [problem(answer="2", level=3), problem(answer="2", level=5),
                 problem(answer="3", level=3)]  # fmt: skip
-    texts = [RIGHT, WRONG, BARE, BARE, WRONG, RIGHT]
+    texts = [RIGHT, WRONG, BARE, RIGHT, WRONG, RIGHT]  # the second RIGHT was cut off: no answer
     outputs = [output(4, "stop"), output(6, "stop"), output(9, "length"), output(9, "length"),
                output(1, "stop"), output(1, "stop")]  # fmt: skip
     rewards_PG = torch.tensor([[1.0, 0.2], [0.0, 0.0], [1.2, 0.2]], dtype=torch.float64)
@@ -501,7 +501,7 @@ def test_metrics_by_hand():
         unparsed=2 / 6,
         truncated=2 / 6,
         tokens=30 / 6,
-        reflection=2 / 6,
+        reflection=3 / 6,
         groups_without_signal=1 / 3,
     ))  # fmt: skip
 

@@ -192,14 +192,6 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_is(tmp_path):
         Run(tmp_path, Config(seed=1))
 
 
-def test_overwriting_starts_from_an_empty_directory(tmp_path):
-    Run(tmp_path, Config()).log(phase="rl", step=1)
-    (tmp_path / "checkpoints").mkdir()
-    run = Run(tmp_path, Config(seed=1), overwrite=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
-    assert lines(run) == []
-
-
 def test_resuming_with_another_config_is_refused_with_the_fields_that_differ(tmp_path):
     Run(tmp_path, Config(lr=0.1))
     with pytest.raises(UserError) as error:

@@ -455,7 +455,8 @@ def test_the_rules_reward_accuracy_and_format_and_the_controls_do_not():
     tosses = earned(coin, *texts)
     assert set(tosses) == {0, 1} and 0.4 < sum(tosses) / 400 < 0.6
     assert tosses == earned(coin, *texts)
-    assert tosses != earned(train_zero.reward_rule(replace(config, reward="random", seed=1)), *texts)
+    other = train_zero.reward_rule(replace(config, reward="random", seed=1))
+    assert tosses != earned(other, *texts)
 
 
 # --- the base
