@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from data.packing import Packed, pack
 from data.problems import Problem
+from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
 from sample import Output, generate, judge, spell
@@ -159,6 +160,16 @@ class Settings:
 
 
 @dataclass
+class Questions:
+    """What this process asks in one rollout: its share of the batch, each question with its number
+    within the whole batch."""
+
+    numbers: list[int]
+    problems: list[Problem]
+    prompts: list[list[int]]
+
+
+@dataclass
 class Rollout:
     """Questions and what the policy answered: P prompts, and O = P*G outputs, group after group."""
 
@@ -174,19 +185,18 @@ class Rollout:
 
 
 def rollout(
-    model: Transformer, tokenizer, numbers: Sequence[int], problems: Sequence[Problem],
-    prompts: Sequence[list[int]], reward: Callable[[Problem, str, bool], float],
-    settings: Settings, *, seed: int, step: int,
+    model: Transformer, tokenizer: Tokenizer, questions: Questions,
+    reward: Callable[[Problem, str, bool], float], settings: Settings, *, seed: int, step: int,
 ) -> Rollout:  # fmt: skip
-    """Draw a group of outputs for each question and reward them: reward(question, text, whether
-    the output ended by itself).
+    """Draw a group of outputs for each question and reward them: reward(problem, text, whether the
+    output ended by itself).
 
     Every output draws from its own random stream, (seed, step, number of the question, place in the
     group), so that the batch is the same on any number of processes.
     """
     G = settings.group_size
-    repeated = [prompt for prompt in prompts for _ in range(G)]
-    streams = [(step << 32) + number * G + i for number in numbers for i in range(G)]
+    repeated = [prompt for prompt in questions.prompts for _ in range(G)]
+    streams = [(step << 32) + number * G + i for number in questions.numbers for i in range(G)]
     outputs = generate(
         model, repeated, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
         stop=(tokenizer.eos_token_id,), seed=seed, rows=streams, slots=settings.slots,
@@ -194,14 +204,15 @@ def rollout(
     )  # fmt: skip
     texts = [spell(tokenizer, output) for output in outputs]
     values = [
-        reward(problems[i // G], text, output.finish == "stop")
+        reward(questions.problems[i // G], text, output.finish == "stop")
         for i, (text, output) in enumerate(zip(texts, outputs))
     ]
-    rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), G)
+    rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(questions.problems), G)
     advantages_PG = group_advantages(rewards_PG, settings.normalize_std)
     batch = Rollout(
-        list(numbers), list(problems), list(prompts), outputs, texts, rewards_PG, advantages_PG
-    )
+        questions.numbers, questions.problems, questions.prompts, outputs, texts, rewards_PG,
+        advantages_PG,
+    )  # fmt: skip
     batch.metrics = describe(batch)
     return batch
 

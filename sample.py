@@ -323,16 +323,7 @@ def evaluate(
     """
     if not problems or samples < 1:
         raise UserError(f"{len(problems)} problems x {samples=}: --limit and --samples start at 1")
-    template = template or tokenizer.template
-    prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
-    room = model.config.max_position_embeddings - max_new_tokens
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not fitting:
-        raise UserError(
-            f"none of {len(problems)} problems fits: the shortest prompt has"
-            f" {min(map(len, prompts))} tokens, and {room} fit beside"
-            f" --max-new-tokens {max_new_tokens}"
-        )
+    prompts, fitting = fitting_prompts(model, tokenizer, problems, template, max_new_tokens)
     mine = parallel.shard(fitting)
     with progress(len(mine) * samples, title) as bar:
         outputs = generate(
@@ -347,6 +338,25 @@ def evaluate(
         group = outputs[j * samples : (j + 1) * samples]
         groups.append(judge_group(problems[i], [spell(tokenizer, o) for o in group], group))
     return summarize(parallel.gather_list(groups), samples, skipped=len(problems) - len(fitting))
+
+
+def fitting_prompts(
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], template: str | None,
+    max_new_tokens: int,
+) -> tuple[list[list[int]], list[int]]:  # fmt: skip
+    """Every problem's prompt, and the indices of those that leave room for an output. Raises
+    UserError where none does."""
+    template = template or tokenizer.template
+    prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
+    room = model.config.max_position_embeddings - max_new_tokens
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
+        raise UserError(
+            f"none of {len(problems)} problems fits: the shortest prompt has"
+            f" {min(map(len, prompts))} tokens, and {room} fit beside --max-new-tokens"
+            f" {max_new_tokens} in a context of {model.config.max_position_embeddings}"
+        )
+    return prompts, fitting
 
 
 def spell(tokenizer: Tokenizer, output: Output) -> str:

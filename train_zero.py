@@ -42,7 +42,7 @@ from runtime import parallel
 from runtime.plot import draw_curve
 from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.run import Run, UserError, check_finite, flag, launch, parse, pick_device, progress
-from sample import evaluate, table
+from sample import evaluate, fitting_prompts, table
 
 
 @dataclass(frozen=True)
@@ -216,21 +216,18 @@ def reinforce(
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
     )
+    reward = reward_rule(config)
     state = dict(policy=policy, reference=reference, optimizer=optimizer)
     done = run.resume("rl", state)
     with progress(config.steps, "GRPO", initial=done) as bar:
         while done < config.steps:
             settings = grpo_settings(config, done)
-            # Questions, the same on all processes; each process takes its share of them.
-            problems, prompts, skipped = ask(source, tokenizer, policy, config, done, settings)
-            mine = parallel.shard(range(len(problems)))
+            asked, skipped = ask(source, tokenizer, policy, config, done, settings)
             # Sample a group of outputs for each question from the old policy, and reward them.
             with run.phase("rollout") as timer:
                 batch = grpo.rollout(
-                    policy, tokenizer, mine, [problems[i] for i in mine],
-                    [prompts[i] for i in mine], reward_rule(config), settings, seed=config.seed,
-                    step=done,
-                )  # fmt: skip
+                    policy, tokenizer, asked, reward, settings, seed=config.seed, step=done
+                )
                 timer.tokens += sum(len(output.tokens) for output in batch.outputs)
             # The reference's log-probs of the same outputs, for the KL.
             with run.phase("reference") as timer:
@@ -276,21 +273,17 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
 def ask(
     source: Generated | Listed, tokenizer: Tokenizer, model: Transformer, config: Config, done: int,
     settings: grpo.Settings,
-) -> tuple[list[Problem], list[list[int]], int]:  # fmt: skip
-    """The questions of one rollout and their prompts; those too long for the context are left out
-    and counted."""
+) -> tuple[grpo.Questions, int]:  # fmt: skip
+    """This process's share of the questions of one rollout. The batch is the same on any number of
+    processes; questions too long for the context are left out of it, and counted."""
     problems = source.batch(config.questions, seed=config.seed, step=-(-done // config.minibatches))
-    template = config.template or tokenizer.template
-    prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
-    room = model.config.max_position_embeddings - settings.max_new_tokens
-    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not fit:
-        raise UserError(
-            f"none of {len(prompts)} questions fits: the shortest prompt has"
-            f" {min(map(len, prompts))} tokens, {max(0, room)} fit beside --max-new-tokens"
-            f" {settings.max_new_tokens} in a context of {model.config.max_position_embeddings}"
-        )
-    return [problems[i] for i in fit], [prompts[i] for i in fit], len(prompts) - len(fit)
+    prompts, fitting = fitting_prompts(
+        model, tokenizer, problems, config.template, settings.max_new_tokens
+    )
+    numbers = list(parallel.shard(range(len(fitting))))
+    mine = [fitting[number] for number in numbers]
+    asked = grpo.Questions(numbers, [problems[i] for i in mine], [prompts[i] for i in mine])
+    return asked, len(problems) - len(fitting)
 
 
 def reward_rule(config: Config):

@@ -67,8 +67,9 @@ class Run:
     """
 
     def __init__(
-        self, out: str | Path, config: Any, *, resume: bool = False, may_change: tuple[str, ...] = ()
-    ):
+        self, out: str | Path, config: Any, *, resume: bool = False,
+        may_change: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.out = Path(out)
         self.metrics = self.out / "metrics.jsonl"
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run

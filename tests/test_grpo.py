@@ -18,6 +18,7 @@ from torch import Tensor
 import grpo
 from data.problems import Problem
 from grpo import (
+    Questions,
     Rollout,
     Settings,
     describe,
@@ -76,7 +77,8 @@ def draw(model: Transformer, settings: Settings = SETTINGS, numbers=range(4), **
     prompts = [[1 + (n + i) % 8 for i in range(n + 1)] for n in numbers]
     problems = [problem(level=n) for n in numbers]
     options = {"seed": 0, "step": 0, **options}
-    return rollout(model, TOKENIZER, list(numbers), problems, prompts, count_a, settings, **options)
+    questions = Questions(list(numbers), problems, prompts)
+    return rollout(model, TOKENIZER, questions, count_a, settings, **options)
 
 
 def handmade(model: Transformer, prompts: list, groups: list, rewards: list, **changes) -> Rollout:
@@ -181,7 +183,7 @@ def test_advantages_are_of_the_group_and_not_of_the_batch():
 def test_two_questions_with_the_same_prompt_stay_two_groups():
     numbers = iter(range(100))
     batch = rollout(
-        make_model(), TOKENIZER, [0, 1], [problem(), problem()], [[1, 2], [1, 2]],
+        make_model(), TOKENIZER, Questions([0, 1], [problem(), problem()], [[1, 2], [1, 2]]),
         lambda problem, text, finished: float(next(numbers)), SETTINGS, seed=0, step=0,
     )  # fmt: skip
     assert batch.rewards_PG.tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -455,7 +457,7 @@ def test_the_reward_is_told_whether_an_output_ended_by_itself():
     told = []
     prompts = [[1, 2], [3]]
     batch = rollout(
-        make_model(), TOKENIZER, [0, 1], [problem(), problem()], prompts,
+        make_model(), TOKENIZER, Questions([0, 1], [problem(), problem()], prompts),
         lambda problem, text, finished: told.append(finished) or 0.0, SETTINGS, seed=0, step=0,
     )  # fmt: skip
     assert told == [output.finish == "stop" for output in batch.outputs]
