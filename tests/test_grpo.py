@@ -849,6 +849,14 @@ def test_a_reference_that_is_the_policy_gives_its_logprobs_and_no_kl(replay, tem
     assert abs(stats["kl"]) < 1e-15
 
 
+def test_the_reference_reads_a_rollout_of_many_outputs_in_its_order():
+    model, settings = make_model(DENSE), replace(SETTINGS, group_size=70)
+    batch = draw(model, settings, numbers=range(8))
+    found = reference_logprobs(model, batch, settings)
+    for output, logprobs in zip(batch.outputs, found, strict=True):
+        assert logprobs.tolist() == pytest.approx(output.logprobs, abs=1e-10)
+
+
 def test_reference_logprobs_are_those_of_a_plain_forward():
     batch, other = draw(make_model()), make_model(seed=1)
     found = reference_logprobs(other, batch, SETTINGS)

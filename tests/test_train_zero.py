@@ -58,7 +58,7 @@ def start(*argv) -> int:
     launching.stop.signal = 0
     try:
         config = parse(train_zero.Config, train_zero.PRESETS, [str(arg) for arg in argv])
-        launch(train_zero.main, config, user_errors=(ValueError,))
+        launch(train_zero.main, config)
     except SystemExit as end:
         return end.code
     return 0
@@ -354,10 +354,11 @@ def test_the_learning_rate_rises_over_the_warm_up_and_stays(base, tmp_path, monk
 def test_each_rollout_asks_new_questions_in_the_template(base, tmp_path, monkeypatch):
     asked, streams, real = [], [], grpo.rollout
 
-    def record(model, tokenizer, numbers, problems, prompts, *rest, **options):
+    def record(model, tokenizer, questions, *rest, **options):
         streams.append((options["seed"], options["step"]))
-        asked.append([(each.question, tokenizer.decode(p)) for each, p in zip(problems, prompts)])
-        return real(model, tokenizer, numbers, problems, prompts, *rest, **options)
+        pairs = zip(questions.problems, questions.prompts)
+        asked.append([(problem.question, tokenizer.decode(prompt)) for problem, prompt in pairs])
+        return real(model, tokenizer, questions, *rest, **options)
 
     monkeypatch.setattr(grpo, "rollout", record)
     run_from(base, tmp_path / "toy", "--steps", "6")
@@ -540,7 +541,7 @@ def test_questions_that_are_all_too_long_are_an_error(base, tmp_path, capsys):
     assert re.search(r"none of \d+ problems fits", refused(capsys, *flags))
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
     error = refused(capsys, *flags, "--test-data", test)  # there is something to evaluate on
-    assert re.search(r"none of 2 questions fits: the shortest prompt has \d+ tokens", error)
+    assert re.search(r"none of 2 \w+ fits: the shortest prompt has \d+ tokens", error)
 
 
 # --- mistakes
@@ -601,7 +602,10 @@ def spoilt_model(base: Path, tmp_path: Path, what: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("what", ["missing", "truncated", "config.json", "tokenizer.tiktoken"])
+SPOILT = ["missing", "truncated", "config.json", "tokenizer.tiktoken", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("what", SPOILT)
 def test_a_model_directory_that_cannot_be_read_is_named(base, tmp_path, capsys, what):
     path = spoilt_model(base, tmp_path, what)
     error = refused(capsys, *SMALL, "--model", path, "--out", tmp_path / "run")
@@ -631,6 +635,13 @@ def test_a_data_file_that_is_missing_is_named(base, tmp_path, capsys):
     data = tmp_path / "none.jsonl"
     error = refused(capsys, *SMALL, "--model", base, "--data", data, "--out", tmp_path / "run")
     assert str(data) in error and "No such file" in error
+
+
+def test_what_cannot_be_evaluated_on_is_refused_with_the_flag_that_helps(base, tmp_path, capsys):
+    few = gsm8k(tmp_path / "few.jsonl", count=1)  # too few for any to be held out
+    for flags in (["--data", few], ["--test-data", "countdown"], ["--test-data", "calc-chain"]):
+        error = refused(capsys, *SMALL, "--model", base, *flags, "--out", tmp_path / "run")
+        assert "--test-data" in error
 
 
 def test_a_refused_start_leaves_out_free_for_the_next_try(base, tmp_path, capsys):
