@@ -461,8 +461,7 @@ def main(config: Config) -> None:
     )
     tokenizer = Tokenizer.load(config.model)
     if config.data is not None:
-        listed = {} if config.data in ("calc-chain", "countdown") else {"all_held_out": True}
-        problems = load(config.data, **listed).held_out(config.limit)
+        problems = load(config.data, all_held_out=True).held_out(config.limit)
         result = evaluate(
             model, tokenizer, problems, samples=config.samples,
             max_new_tokens=config.max_new_tokens, temperature=config.temperature,

@@ -160,7 +160,8 @@ def expert_load(routing: Routing, positions_BT: Tensor) -> Tensor:
 
 
 def balance(model: Transformer, loads: list[Tensor], step: float) -> None:
-    """Auxiliary-loss-free balancing, by the load of the whole batch on all processes."""
+    """Auxiliary-loss-free balancing, by the load of the whole batch on all processes. The router
+    of the multi-token prediction layer, the last one, has no load here and keeps its bias."""
     gates = [block.mlp.gate for block in model.model.layers if isinstance(block.mlp, MoE)]
     for gate, load_E in zip(gates, loads):
         load_E = parallel.all_sum(load_E)

@@ -228,11 +228,12 @@ def reinforce(
                 batch = grpo.rollout(
                     policy, tokenizer, asked, reward, settings, seed=config.seed, step=done
                 )
-                timer.tokens += sum(len(output.tokens) for output in batch.outputs)
+                written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
+                timer.tokens += written
             # The reference's log-probs of the same outputs, for the KL.
             with run.phase("reference") as timer:
                 if config.beta:
-                    timer.tokens += sum(len(output.tokens) for output in batch.outputs)
+                    timer.tokens += written
                     batch.ref_logprobs = grpo.reference_logprobs(reference, batch, settings)
             # Several updates, the later ones on outputs of a policy that has since moved on.
             for minibatch in range(min(config.minibatches, config.steps - done)):

@@ -112,7 +112,7 @@ class Listed:
         since the first lines of a file are rarely typical. ValueError where there is none."""
         if not self.test:
             found = f"none of the {len(self.train)} problems is held out (1 in 20 is expected)"
-            raise ValueError(f"{found}; evaluate on a test file, with all_held_out=True")
+            raise ValueError(f"{found}; evaluate on a test file: --test-data")
         return sorted(self.test, key=lambda p: _share(f"{seed} {p.question}"))[:count]
 
 
@@ -163,14 +163,15 @@ def countdown(levels: Iterable[int] = (3, 4)) -> Generated:
     return Generated(make, levels, easiest=2, hardest=6)
 
 
-def load(source: str, **settings) -> Generated | Listed:
+def load(source: str, *, all_held_out: bool = False, **settings) -> Generated | Listed:
     """`calc-chain`, `countdown` or the path of a JSONL file, with the settings of that source.
+    all_held_out: a file is a test file; generated problems have a held-out part of their own.
     Raises ValueError for another name, DataError for a file that cannot be used."""
     generated = {"calc-chain": calc_chain, "countdown": countdown}
     if source in generated:
         return generated[source](**settings)
     if "." in source or os.path.exists(source):
-        return Listed(read_jsonl(source), **settings)
+        return Listed(read_jsonl(source), all_held_out=all_held_out, **settings)
     near = difflib.get_close_matches(source, generated, n=1, cutoff=0)[0]
     found = f"unknown problems {source!r} (nearest: {near!r})"
     raise ValueError(f"{found}; expected {', '.join(generated)} or the path of a .jsonl file")

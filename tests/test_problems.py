@@ -256,7 +256,7 @@ def test_a_test_file_is_held_out_as_a_whole():
 
 def test_a_file_too_small_to_hold_out_anything_says_so():
     source = Listed([p for p in numbered(100) if p in Listed(numbered(100)).train][:3])
-    with pytest.raises(ValueError, match="all_held_out=True"):
+    with pytest.raises(ValueError, match="--test-data"):
         source.held_out(1)
 
 

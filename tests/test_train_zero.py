@@ -637,11 +637,20 @@ def test_a_data_file_that_is_missing_is_named(base, tmp_path, capsys):
     assert str(data) in error and "No such file" in error
 
 
-def test_what_cannot_be_evaluated_on_is_refused_with_the_flag_that_helps(base, tmp_path, capsys):
-    few = gsm8k(tmp_path / "few.jsonl", count=1)  # too few for any to be held out
-    for flags in (["--data", few], ["--test-data", "countdown"], ["--test-data", "calc-chain"]):
-        error = refused(capsys, *SMALL, "--model", base, *flags, "--out", tmp_path / "run")
-        assert "--test-data" in error
+def test_a_file_too_small_to_hold_out_from_is_refused_with_the_flag_that_helps(
+    base, tmp_path, capsys
+):
+    few = gsm8k(tmp_path / "few.jsonl", count=1)
+    error = refused(capsys, *SMALL, "--model", base, "--data", few, "--out", tmp_path / "run")
+    assert "--test-data" in error
+
+
+def test_the_held_out_part_of_generated_problems_can_be_the_test(base, tmp_path):
+    data = gsm8k(tmp_path / "train.jsonl")
+    flags = ["--model", base, "--data", data, "--test-data", "calc-chain", "--steps", "2"]
+    assert start(*SMALL, *flags, "--out", tmp_path / "run") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["zero"]["by_level"].keys() == {str(level) for level in range(2, 11)}
 
 
 def test_a_refused_start_leaves_out_free_for_the_next_try(base, tmp_path, capsys):
