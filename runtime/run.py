@@ -200,6 +200,8 @@ class Run:
             self._saved[phase] = done
             saved = {name: part.state_dict() for name, part in parts.items()}
             save_state(self.checkpoints(phase), done, saved)
+        if stopping and parallel.is_main():
+            print(f"saved after step {done} ({phase}); --resume continues", file=sys.stderr)
         return not stopping
 
     def checkpoints(self, phase: str) -> Path:
