@@ -152,6 +152,8 @@ class Settings:
                 f"top_p={self.top_p}: training needs 1. Tokens that nucleus sampling can't draw"
                 " have a probability in the loss that they didn't have when drawn"
             )
+        if self.eps_high is not None and self.eps_high <= 0:
+            raise ValueError(f"eps_high={self.eps_high}: more than 0, or none for eps")
         if self.group_size < 2 or self.temperature <= 0 or self.eps <= 0 or self.beta < 0:
             raise ValueError(
                 f"group_size={self.group_size}, temperature={self.temperature}, eps={self.eps},"

@@ -407,7 +407,7 @@ def test_unknown_variants_are_refused_by_name():
 
 @pytest.mark.parametrize(
     "changes", [dict(top_p=0.95), dict(group_size=1), dict(temperature=0.0), dict(eps=0.0),
-                dict(beta=-0.1)]
+                dict(beta=-0.1), dict(eps_high=-2.0)]
 )  # fmt: skip
 def test_settings_refuse_what_makes_the_update_wrong(changes):
     ((name, value),) = changes.items()
