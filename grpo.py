@@ -16,7 +16,7 @@ token is pushed by its own output's A. Watch the reward, not the loss.
 
 What the clip does: one rollout feeds several updates (16 in the paper). Once a token's probability
 has moved by a factor of 1 +- eps the way its A asks, min picks the clipped constant, and the reward
-pushes it no further. A move the wrong way is never clipped, so it is always undone.
+pushes it no further. A move the wrong way is never clipped: the reward still pushes it back.
 
 What the reference is for: it is an older copy of the policy. beta KL pulls back towards it, so that
 chasing a rule does not unlearn what pretraining taught. Every so often (400 steps in the paper) it

@@ -6,7 +6,7 @@
 
 The default run first makes its own base: it pretrains a small DeepSeek-V3 on the corpus of
 data/corpus.py, and goes on only if that base is competent, that is, if it gets single steps of a
-solution right. Below that, RL finds nothing to reinforce and collapses to guesses.
+solution right: RL can only reinforce what a base sometimes does.
 
 It leaves in --out: base/ and model/ (model directories), metrics.jsonl, config.json, result.json,
 curve.png, checkpoints/.

@@ -8,7 +8,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_each_equation_has_its_code_and_its_test():
-    rows = re.findall(r"^\| .+ \| `(\w+\.py)` `(\w+)` \| `(test_\w+\.py)` `(\w+)` \|$", README, re.M)
+    row = r"^\| .+ \| `(\w+\.py)` `(\w+)` \| `(test_\w+\.py)` `(\w+)` \|$"
+    rows = re.findall(row, README, re.M)
     assert len(rows) >= 12
     for file, name, test_file, test in rows:
         assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(), re.M), name
