@@ -17,6 +17,7 @@ A tensor's name ends in its shape:
     S cached keys    K head dim (d_h)   C latent (d_c)       V vocabulary
     N = B*T tokens   R rope dim (d_h^R) L query latent       W = N*A copies of tokens
     M layers         U value head dim   X cached numbers     P prompts, G group
+    Z pages          Y tokens of a page P pages of a row (of a table)
 
 and in lower case k = K + R, r = R/2 pairs of dimensions, g groups of experts, d documents. In
 routes, M counts the MoE layers only.
@@ -170,9 +171,14 @@ class Rows(NamedTuple):
     """Where each token of the rows stands: computed once, read by every layer."""
 
     positions_BT: Tensor
-    segments_BT: Tensor | None  # which document of its row; None: one document a row
-    cos_BTr: Tensor  # r = R/2 pairs
-    sin_BTr: Tensor
+    turn_BTr: Tensor  # e^(i angle) of each of the r = R/2 pairs of dimensions
+    starts_BT: Tensor | None = None  # where in the row each token's document starts; None: at 0
+    # With a cache: the page and the place in it of each token, the pages of each row, and, where
+    # one token a row is decoded, how many tokens it sees.
+    page_BT: Tensor | None = None
+    place_BT: Tensor | None = None
+    table_BP: Tensor | None = None
+    seen_B: Tensor | None = None
 
 
 class Routing(NamedTuple):
@@ -229,14 +235,15 @@ def yarn_mscale(config: Config, key: str) -> float:
 
 
 def rotate(x_BTHR: Tensor, rows: Rows, interleaved: bool) -> Tensor:
-    """Turn each pair of dimensions by its angle. DeepSeek's pairs are (0, 1), (2, 3), ...; those
-    of Qwen and Llama are (0, R/2), (1, R/2 + 1), ... The two are not interchangeable."""
-    cos, sin = rows.cos_BTr.unsqueeze(2), rows.sin_BTr.unsqueeze(2)
+    """Turn each pair of dimensions by its angle: as one complex number, times e^(i angle).
+    DeepSeek's pairs are (0, 1), (2, 3), ...; those of Qwen and Llama are (0, R/2), (1, R/2 + 1),
+    ... The two are not interchangeable."""
+    turn_BT1r, real_BTHR = rows.turn_BTr.unsqueeze(2), full(x_BTHR)
     if interleaved:
-        a, b = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHR.dtype)
-    a, b = x_BTHR.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x_BTHR.dtype)
+        pairs_BTHr = torch.view_as_complex(real_BTHR.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs_BTHr * turn_BT1r).flatten(-2).to(x_BTHR.dtype)
+    pairs_BTHr = torch.complex(*real_BTHR.chunk(2, -1)) * turn_BT1r
+    return torch.cat((pairs_BTHr.real, pairs_BTHr.imag), -1).to(x_BTHR.dtype)
 
 
 class MLA(nn.Module):
@@ -267,15 +274,13 @@ class MLA(nn.Module):
         # YaRN's temperature belongs on the scores, over all K + R dimensions.
         self.scale = (self.K + self.R) ** -0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None) -> Tensor:
-        B, T, _ = x_BTD.shape
+    def forward(self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None) -> Tensor:
         q_BTHk, latent_BTC, rope_BTR = self.project(x_BTD, rows)
-        if cache_BSX is not None:
-            entries_BTX = torch.cat((latent_BTC, rope_BTR), -1)
-            store(cache_BSX, entries_BTX, rows.positions_BT)
-            if T == 1:
-                return self.o_proj(self.absorbed(q_BTHk, cache_BSX, rows.positions_BT))
-        return self.o_proj(self.naive(q_BTHk, latent_BTC, rope_BTR, rows.segments_BT))
+        if cache_ZYX is not None:
+            cache_ZYX[rows.page_BT, rows.place_BT] = torch.cat((latent_BTC, rope_BTR), -1)
+            if rows.seen_B is not None:
+                return self.o_proj(self.absorbed(q_BTHk, cache_ZYX, rows))
+        return self.o_proj(self.naive(q_BTHk, latent_BTC, rope_BTR, rows.starts_BT))
 
     def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of K + R numbers a head, the normed latent, and the rotated shared key."""
@@ -297,7 +302,7 @@ class MLA(nn.Module):
         )
 
     def naive(
-        self, q_BTHk: Tensor, latent_BTC: Tensor, rope_BTR: Tensor, segments_BT: Tensor | None
+        self, q_BTHk: Tensor, latent_BTC: Tensor, rope_BTR: Tensor, starts_BT: Tensor | None
     ) -> Tensor:
         B, T, _ = latent_BTC.shape
         # V3 Eq. 2, 4, 5: k = [W_UK c_KV ; k_R];  v = W_UV c_KV
@@ -305,9 +310,9 @@ class MLA(nn.Module):
         k_BTHK, v_BTHU = kv.split((self.K, self.U), -1)
         shared_BTHR = rope_BTR.unsqueeze(2).expand(-1, -1, self.H, -1)
         k_BTHk = torch.cat((k_BTHK, shared_BTHR), -1)
-        return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, segments_BT).flatten(2)
+        return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, starts_BT).flatten(2)
 
-    def absorbed(self, q_BTHk: Tensor, cache_BSX: Tensor, positions_BT: Tensor) -> Tensor:
+    def absorbed(self, q_BTHk: Tensor, cache_ZYX: Tensor, rows: Rows) -> Tensor:
         # The same, with the maps on the other side: q . (W_UK c) = (W_UK^T q) . c, and the weighted
         # sum of W_UV c is W_UV times the weighted sum of c.
         w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
@@ -315,8 +320,9 @@ class MLA(nn.Module):
         q_nope_BHK, q_rope_BHR = q_BTHk[:, 0].split((self.K, self.R), -1)
         q_latent_BHC = torch.einsum("bhk,hkc->bhc", q_nope_BHK, w_uk_HKC)
         q_BHX = torch.cat((q_latent_BHC, q_rope_BHR), -1)
-        seen_B = positions_BT[:, 0] + 1
-        mixed_BHC = kernels.mla_decode(q_BHX, cache_BSX, seen_B, self.C, self.scale)
+        mixed_BHC = kernels.mla_decode(
+            q_BHX, cache_ZYX, rows.table_BP, rows.seen_B, self.C, self.scale
+        )
         return torch.einsum("bhc,huc->bhu", mixed_BHC, w_uv_HUC).flatten(1).unsqueeze(1)
 
 
@@ -338,7 +344,7 @@ class GQA(nn.Module):
             self.q_norm = RMSNorm(K, config.rms_norm_eps)
             self.k_norm = RMSNorm(K, config.rms_norm_eps)
 
-    def forward(self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BTHK = self.q_proj(x_BTD).view(B, T, self.H, self.K)
         k_BTJK = self.k_proj(x_BTD).view(B, T, self.J, self.K)
@@ -347,21 +353,15 @@ class GQA(nn.Module):
             q_BTHK, k_BTJK = self.q_norm(q_BTHK), self.k_norm(k_BTJK)
         q_BTHK = rotate(q_BTHK, rows, interleaved=False)
         k_BTJK = rotate(k_BTJK, rows, interleaved=False)
-        if cache_BSX is not None:
-            store(cache_BSX, torch.cat((k_BTJK, v_BTJK), 2).flatten(2), rows.positions_BT)
-            if T == 1:
-                k_BSJK, v_BSJK = cache_BSX.unflatten(-1, (2, self.J, self.K)).unbind(2)
-                seen_B = rows.positions_BT[:, 0] + 1
-                out_BHK = kernels.decode(q_BTHK[:, 0], k_BSJK, v_BSJK, seen_B, self.scale)
+        if cache_ZYX is not None:
+            cache_ZYX[rows.page_BT, rows.place_BT] = torch.cat((k_BTJK, v_BTJK), 2).flatten(2)
+            if rows.seen_B is not None:
+                out_BHK = kernels.gqa_decode(
+                    q_BTHK[:, 0], cache_ZYX, rows.table_BP, rows.seen_B, self.scale
+                )
                 return self.o_proj(out_BHK.flatten(1).unsqueeze(1))
-        out_BTHK = kernels.attention(q_BTHK, k_BTJK, v_BTJK, self.scale, rows.segments_BT)
+        out_BTHK = kernels.attention(q_BTHK, k_BTJK, v_BTJK, self.scale, rows.starts_BT)
         return self.o_proj(out_BTHK.flatten(2))
-
-
-def store(cache_BSX: Tensor, entries_BTX: Tensor, positions_BT: Tensor) -> None:
-    """Write each token's entry at its position of the row's cache."""
-    index_BTX = positions_BT.unsqueeze(-1).expand_as(entries_BTX)
-    cache_BSX.scatter_(1, index_BTX, entries_BTX)
 
 
 class MLP(nn.Module):
@@ -440,17 +440,30 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
 
     def forward(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
+        E, (N, A) = len(self.gate_proj), experts_NA.shape
+        if x_ND.device.type == "cpu" and N <= 64 and self.gate_proj.numel() <= 2**16:
+            return self.all_experts(x_ND, weights_NA, experts_NA)
         flat_W = experts_NA.flatten()  # W: a copy of a token for each of its experts
         order_W = flat_W.argsort(stable=True)
-        ends_E = torch.bincount(flat_W, minlength=len(self.gate_proj)).cumsum(0)
-        token_W = order_W // experts_NA.shape[1]
-        out_WD = self.grouped(x_ND[token_W], ends_E) * weights_NA.flatten()[order_W, None]
+        experts_E = torch.arange(E, device=flat_W.device)
+        ends_E = torch.searchsorted(flat_W[order_W], experts_E, right=True)
+        token_W = order_W // A
+        out_WD = self.grouped(x_ND, ends_E, token_W) * weights_NA.flatten()[order_W, None]
         return torch.zeros_like(x_ND).index_add(0, token_W, out_WD)
 
-    def grouped(self, x_WD: Tensor, ends_E: Tensor) -> Tensor:
-        gate_WF = kernels.grouped_linear(x_WD, self.gate_proj, ends_E)
-        up_WF = kernels.grouped_linear(x_WD, self.up_proj, ends_E)
-        return kernels.grouped_linear(kernels.swiglu(gate_WF, up_WF), self.down_proj, ends_E)
+    def grouped(self, x_ND: Tensor, ends_E: Tensor, token_W: Tensor) -> Tensor:
+        hidden_WF = kernels.grouped_swiglu(x_ND, self.gate_proj, self.up_proj, ends_E, token_W)
+        return kernels.grouped_linear(hidden_WF, self.down_proj, ends_E)
+
+    def all_experts(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
+        """The same sum, weight 0 for the experts not selected: for a few tokens and tiny experts on
+        a CPU, three products cost less than three for each expert."""
+        E, F, D = self.gate_proj.shape
+        weights_NE = x_ND.new_zeros(len(x_ND), E).scatter(1, experts_NA, weights_NA)
+        gate_NX = nn.functional.linear(x_ND, self.gate_proj.view(E * F, D))
+        up_NX = nn.functional.linear(x_ND, self.up_proj.view(E * F, D))
+        hidden_NEF = kernels.swiglu(gate_NX, up_NX).view(-1, E, F) * weights_NE.unsqueeze(-1)
+        return torch.einsum("nef,edf->nd", hidden_NEF, self.down_proj)
 
 
 class MoE(nn.Module):
@@ -506,10 +519,10 @@ class Block(nn.Module):
         self.mlp = MoE(config) if self.is_moe else MLP(D, config.intermediate_size)
 
     def forward(
-        self, x_BTD: Tensor, rows: Rows, cache_BSX: Tensor | None = None,
+        self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None,
         route_BTA: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rows, cache_BSX)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rows, cache_ZYX)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if not self.is_moe:
             return x_BTD + self.mlp(normed_BTD), None
@@ -548,6 +561,7 @@ class Transformer(nn.Module):
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.frequency_r: Tensor | None = None  # of the rotary positions, once they are needed
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
@@ -567,26 +581,31 @@ class Transformer(nn.Module):
 
     def hidden(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, *,
-        cache_MBSX: Tensor | None = None, routes_BTMA: Tensor | None = None,
+        cache_MZYX: Tensor | None = None, table_BP: Tensor | None = None,
+        routes_BTMA: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:  # fmt: skip
         """The normed output of the last block, BTD, and what each router decided.
 
         positions_BT: a document starts wherever it is 0, and attends to itself alone; several may
         share a row. None: one document a row.
-        cache_MBSX: from `new_cache`, filled at the positions. With T > 1 the rows are prefilled
+        cache_MZYX: from `new_cache`, filled at the positions. With T > 1 the rows are prefilled
         from position 0; with T = 1 each row goes on at its own position, in absorbed form.
+        table_BP: a row's tokens are in these pages of the cache, in order; None: row b is page b.
         routes_BTMA: experts to use instead of the routers' choice (-1: the router chooses), in the
         order of the MoE layers.
         """
-        rows = self.rows(tokens_BT, positions_BT, packed=cache_MBSX is None)
+        if cache_MZYX is None:
+            rows = self.rows(tokens_BT, positions_BT)
+        else:
+            rows = self.cached_rows(positions_BT, cache_MZYX.shape[2], table_BP)
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: list[Routing] = []
         for i, block in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            cache_BSX = None if cache_MBSX is None else cache_MBSX[i]
+            cache_ZYX = None if cache_MZYX is None else cache_MZYX[i]
             route_BTA = None
             if routes_BTMA is not None and block.is_moe:
                 route_BTA = routes_BTMA[:, :, len(routings)]
-            x_BTD, routing = block(x_BTD, rows, cache_BSX, route_BTA)
+            x_BTD, routing = block(x_BTD, rows, cache_ZYX, route_BTA)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x_BTD), routings
@@ -607,19 +626,37 @@ class Transformer(nn.Module):
         )
         return logprobs_N, entropy_N, hidden_BTD, routings
 
-    def rows(self, tokens_BT: Tensor, positions_BT: Tensor | None, packed: bool) -> Rows:
+    def rows(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Rows:
         B, T = tokens_BT.shape
-        device = tokens_BT.device
-        segments_BT = None
+        place_T = torch.arange(T, device=tokens_BT.device)
         if positions_BT is None:
-            positions_BT = torch.arange(T, device=device).expand(B, T)
-        elif packed:
-            segments_BT = (positions_BT == 0).cumsum(1)
-        angles_BTr = positions_BT.unsqueeze(-1) * rope_frequencies(self.config, device)
+            positions_BT = place_T.expand(B, T)
+            return Rows(positions_BT, self.turn(positions_BT))
+        # Padding, at position -1, is a document of its own.
+        starts_BT = place_T - positions_BT.clamp(min=0)
+        return Rows(positions_BT, self.turn(positions_BT), starts_BT)
+
+    def cached_rows(self, positions_BT: Tensor, Y: int, table_BP: Tensor | None) -> Rows:
+        """Y: tokens of a page."""
+        B, T = positions_BT.shape
+        row_B1 = torch.arange(B, device=positions_BT.device).unsqueeze(1)
+        if table_BP is None:
+            page_BT, place_BT = row_B1, positions_BT
+        else:
+            page_BT, place_BT = table_BP[row_B1, positions_BT // Y], positions_BT % Y
+        seen_B = positions_BT[:, 0] + 1 if T == 1 else None
+        turn_BTr = self.turn(positions_BT)
+        return Rows(positions_BT, turn_BTr, None, page_BT, place_BT, table_BP, seen_B)
+
+    def turn(self, positions_BT: Tensor) -> Tensor:
+        """e^(i angle), BTr, of every pair of dimensions at every position."""
+        weight = self.lm_head.weight
+        if self.frequency_r is None or self.frequency_r.device != weight.device:
+            self.frequency_r = rope_frequencies(self.config, weight.device)
+        angles_BTr = positions_BT.unsqueeze(-1) * self.frequency_r
         factor = yarn_mscale(self.config, "mscale") / yarn_mscale(self.config, "mscale_all_dim")
-        dtype = torch.promote_types(torch.float32, self.lm_head.weight.dtype)
-        cos, sin = (angles_BTr.cos() * factor).to(dtype), (angles_BTr.sin() * factor).to(dtype)
-        return Rows(positions_BT, segments_BT, cos, sin)
+        turn_BTr = torch.polar(torch.full_like(angles_BTr, factor), angles_BTr)
+        return turn_BTr.to(torch.complex128) if weight.dtype == torch.float64 else turn_BTr
 
     def predict_second_next(
         self, hidden_BTD: Tensor, tokens_BT: Tensor, positions_BT: Tensor | None = None
@@ -629,15 +666,15 @@ class Transformer(nn.Module):
         means nothing: leave it out of the loss."""
         mtp = self.model.layers[self.config.num_hidden_layers]
         earlier = None if positions_BT is None else positions_BT[:, :-1]
-        rows = self.rows(tokens_BT[:, :-1], earlier, packed=True)
+        rows = self.rows(tokens_BT[:, :-1], earlier)
         x_BTD = mtp.merge(hidden_BTD[:, :-1], self.model.embed_tokens(tokens_BT[:, 1:]))
         x_BTD, routing = mtp(x_BTD, rows)
         return mtp.shared_head.norm(x_BTD), routing
 
-    def new_cache(self, rows: int, length: int) -> Tensor:
-        """Room for `length` tokens in each of `rows` rows: one vector per token and layer, MBSX."""
+    def new_cache(self, pages: int, tokens: int) -> Tensor:
+        """`pages` pages of so many tokens: one vector per token and layer, MZYX."""
         weight, config = self.lm_head.weight, self.config
-        shape = (config.num_hidden_layers, rows, length, config.cache_width)
+        shape = (config.num_hidden_layers, pages, tokens, config.cache_width)
         return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def num_parameters(self, mtp: bool = False) -> int:

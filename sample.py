@@ -1,7 +1,9 @@
 """Sampling: the rollouts of RL, the evaluation of the paper (section 3), and a command to ask.
 
-`generate` is the engine. Each of its `slots` is a row of a static cache; a prompt is prefilled once
-for all its outputs; as soon as a row finishes, its slot goes to the next request. The random
+`generate` is the engine. Each of its `slots` writes one output; a prompt is prefilled once for all
+its outputs; as soon as an output ends, its slot goes to the next request. The cache is in pages,
+which a slot gets as it grows and gives back when it ends. On a GPU a step is two CUDA graphs
+(draw a token in every slot; feed it), so that the CPU does not have to start every kernel. The random
 numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours, the
 number of slots or of processes (but for rounding, where two tokens are equally likely).
 
@@ -70,7 +72,7 @@ def choose(
             -1, order_BV, before_BV >= top_p
         )
         logprobs_BV = F.log_softmax(logprobs_BV.masked_fill(dropped_BV, -math.inf), -1)
-    cumulative_BV = logprobs_BV.exp().double().cumsum(-1)
+    cumulative_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
     tokens_B = tokens_B.clamp(max=logits_BV.shape[-1] - 1)
@@ -82,99 +84,231 @@ def random_stream(seed: int, row: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, row])).random(length)
 
 
+class Pages:
+    """The cache, and which of its pages each slot has. A slot's first page is its own for good; the
+    others come from a common pool. Where one page is room enough for a row, there is no table, and
+    the rows are read in place."""
+
+    def __init__(self, model: Transformer, slots: int, width: int, page: int, tokens: int):
+        device = model.lm_head.weight.device
+        self.model, self.on_gpu = model, device.type == "cuda"
+        self.Y = min(width, page or (64 if self.on_gpu else 256))
+        self.P = -(-width // self.Y)  # pages of the longest row
+        most = tokens // self.Y if tokens else self.fitting() if self.on_gpu else slots * self.P
+        self.most = min(most, slots * self.P)
+        self.slots = min(slots, self.most - self.P + 1)
+        if self.slots < 1:
+            raise ValueError(
+                f"a cache of {most * self.Y} tokens has no room for an output of {width} tokens:"
+                " a smaller max_new_tokens, or a larger cache_tokens"
+            )
+        # A GPU's pages stay where they are, for the CUDA graphs. Elsewhere they grow on demand.
+        self.cache_MZYX = model.new_cache(self.most if self.on_gpu else self.slots, self.Y)
+        self.free = list(range(self.slots, self.cache_MZYX.shape[1]))
+        self.owned = [[slot] for slot in range(self.slots)]
+        self.table_BP = None
+        if self.P > 1:
+            self.table_BP = torch.zeros(self.slots, self.P, dtype=torch.int32, device=device)
+            self.table_BP[:, 0] = torch.arange(self.slots)
+
+    def fitting(self) -> int:
+        """As many pages as fill four fifths of the GPU's free memory."""
+        one = self.model.new_cache(1, self.Y)
+        return torch.cuda.mem_get_info(one.device)[0] * 4 // 5 // (one.numel() * one.element_size())
+
+    def reserve(self, slot: int, length: int) -> bool:
+        """Make room for so many tokens in the slot; False where no page is left."""
+        owned = self.owned[slot]
+        while len(owned) * self.Y < length:
+            if not self.free and not self.grow():
+                return False
+            owned.append(self.free.pop())
+            self.table_BP[slot, len(owned) - 1] = owned[-1]
+        return True
+
+    def grow(self) -> bool:
+        old_MZYX, Z = self.cache_MZYX, self.cache_MZYX.shape[1]
+        if Z == self.most:
+            return False
+        self.cache_MZYX = self.model.new_cache(min(2 * Z, self.most), self.Y)
+        self.cache_MZYX[:, :Z] = old_MZYX
+        self.free += range(Z, self.cache_MZYX.shape[1])
+        return True
+
+    def release(self, slot: int) -> None:
+        self.free += self.owned[slot][1:]
+        del self.owned[slot][1:]
+
+    def write(self, slots: list[int], cache_MSX: Tensor) -> None:
+        """Put the same entries at the start of each slot, where room has been made for them."""
+        place_S = torch.arange(cache_MSX.shape[1], device=cache_MSX.device)
+        page_GS = torch.tensor([self.owned[slot] for slot in slots])[:, place_S.cpu() // self.Y]
+        pages_GS = page_GS.to(place_S.device)
+        self.cache_MZYX[:, pages_GS, place_S % self.Y] = cache_MSX.unsqueeze(1)
+
+    def keep(self, slots: list[int]) -> None:
+        """Drop all other slots."""
+        if self.table_BP is None:  # the rows must stay in order
+            self.cache_MZYX = self.cache_MZYX[:, slots]
+            self.owned = [[slot] for slot in range(len(slots))]
+        else:
+            for slot in set(range(len(self.owned))) - set(slots):
+                self.free += self.owned[slot]
+            self.table_BP = self.table_BP[slots]
+            self.owned = [self.owned[slot] for slot in slots]
+
+    def filled(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The cache, or as much of it as rows of up to `length` tokens fill, and the table. A CUDA
+        graph reads the same tensors each time: on a GPU it is the whole."""
+        if self.on_gpu:
+            return self.cache_MZYX, self.table_BP
+        if self.table_BP is None:  # in steps of 16 so that shapes repeat
+            return self.cache_MZYX[:, :, : -(-length // 16) * 16], None
+        return self.cache_MZYX, self.table_BP[:, : -(-length // self.Y)]
+
+
+class Captured:
+    """A function of tensors that stay in place: on a GPU recorded as a CUDA graph and replayed, in
+    one launch, from its second call on. The first call compiles and warms up what is recorded."""
+
+    def __init__(self, function: Callable[[], None], on_gpu: bool):
+        self.function, self.on_gpu, self.warm, self.graph = function, on_gpu, False, None
+
+    def __call__(self) -> None:
+        if not (self.on_gpu and self.warm):
+            self.warm = True
+            return self.function()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.function()
+        self.graph.replay()
+
+
 class Slots:
-    """The rows being written: their cache, the logits to draw from next, what they have so far."""
+    """The outputs being written: the logits to draw from next, what each has so far."""
 
     def __init__(
-        self, model: Transformer, count: int, width: int, max_new_tokens: int, routes: bool
-    ):
-        config, device = model.config, model.lm_head.weight.device
-        self.model, self.count, self.width = model, count, width
+        self, model: Transformer, pages: Pages, width: int, max_new_tokens: int, *,
+        temperature: float, top_p: float, stop: Sequence[int], routes: bool,
+    ):  # fmt: skip
+        config, device, count = model.config, model.lm_head.weight.device, pages.slots
+        self.model, self.pages, self.count = model, pages, count
+        self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.request = [-1] * count  # which request a slot works on; -1: free
-        self.cache_MBSX = model.new_cache(count, min(width, 256))  # grows when it has to
-        self.logits_BV = torch.zeros(
-            count, config.vocab_size, device=device, dtype=self.cache_MBSX.dtype
-        )
-        self.position_B = torch.zeros(count, dtype=torch.long, device=device)  # of the next token
-        self.written_B = torch.zeros(count, dtype=torch.long, device=device)
-        self.tokens_BT = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-        self.logprobs_BT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=device)
-        self.uniform_BT = torch.zeros(count, max_new_tokens, dtype=torch.float64, device=device)
+        self.length = [0] * count  # its tokens in the cache
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(count, *shape, dtype=dtype, device=device)
+
+        self.logits_BV = zeros(config.vocab_size, dtype=model.lm_head.weight.dtype)
+        self.active_B = zeros()
+        self.position_B = zeros()  # of the next token
+        self.written_B = zeros()
+        self.last_B = zeros()  # the token drawn last
+        self.status_B = zeros()  # 0: goes on, 1: has stopped, 2: has reached the longest allowed
+        self.tokens_BT = zeros(max_new_tokens)
+        self.logprobs_BT = zeros(max_new_tokens, dtype=torch.float64)
+        self.uniform_BT = zeros(max_new_tokens, dtype=torch.float64)
         self.routes_BSMA = None
         if routes and config.num_moe_layers:
-            shape = (count, width, config.num_moe_layers, config.num_experts_per_tok)
-            self.routes_BSMA = torch.full(shape, -1, dtype=torch.int16, device=device)
+            shape = (width, config.num_moe_layers, config.num_experts_per_tok)
+            self.routes_BSMA = zeros(*shape, dtype=torch.int16).fill_(-1)
+        self.stop_s = torch.tensor(list(stop), dtype=torch.long, device=device)
+        self.capture()
 
-    def free(self) -> list[int]:
+    def capture(self) -> None:
+        on_gpu = self.pages.on_gpu
+        self.draw, self.feed = Captured(self._draw, on_gpu), Captured(self._feed, on_gpu)
+
+    def places(self) -> list[int]:
         return [slot for slot, request in enumerate(self.request) if request < 0]
+
+    def active(self) -> list[int]:
+        return [slot for slot, request in enumerate(self.request) if request >= 0]
 
     def assign(
         self, slots: list[int], requests: list[int], prefix: "Prefix", streams: np.ndarray
     ) -> None:
-        """Give the slots to requests that share one prompt."""
-        for slot, request in zip(slots, requests):
-            self.request[slot] = request
+        """Give the slots, which have room for it, to requests that share one prompt."""
         length = prefix.cache_MSX.shape[1]
-        self.reserve(length)
-        self.cache_MBSX[:, slots, :length] = prefix.cache_MSX.unsqueeze(1)
+        for slot, request in zip(slots, requests):
+            self.request[slot], self.length[slot] = request, length
+        self.pages.write(slots, prefix.cache_MSX)
         self.logits_BV[slots] = prefix.logits_V
+        self.active_B[slots] = 1
         self.position_B[slots] = length
         self.written_B[slots] = 0
         self.uniform_BT[slots] = torch.from_numpy(streams).to(self.uniform_BT.device)
         if self.routes_BSMA is not None:
             self.routes_BSMA[slots, :length] = prefix.routes_SMA
 
-    def reserve(self, length: int) -> None:
-        """Make room for so many tokens in each slot. Few outputs come near the longest allowed, so
-        the cache doubles on demand."""
-        old_MBSX = self.cache_MBSX
-        if length > old_MBSX.shape[2]:
-            room = min(self.width, max(length, 2 * old_MBSX.shape[2]))
-            self.cache_MBSX = self.model.new_cache(self.count, room)
-            self.cache_MBSX[:, :, : old_MBSX.shape[2]] = old_MBSX
-
-    def draw(self, temperature: float, top_p: float) -> Tensor:
-        """One more token in every slot, B."""
+    def _draw(self) -> None:
+        """One more token in every slot."""
         at_B1 = self.written_B[:, None]
         uniform_B = self.uniform_BT.gather(1, at_B1)[:, 0]
-        tokens_B, logprobs_B = choose(self.logits_BV, uniform_B, temperature, top_p)
+        tokens_B, logprobs_B = choose(self.logits_BV, uniform_B, self.temperature, self.top_p)
+        self.last_B.copy_(tokens_B)
         self.tokens_BT.scatter_(1, at_B1, tokens_B[:, None])
         self.logprobs_BT.scatter_(1, at_B1, logprobs_B.double()[:, None])
-        self.written_B += 1
-        return tokens_B
+        stopped_B = (tokens_B[:, None] == self.stop_s).any(-1)
+        full_B = self.written_B + 1 >= self.max_new_tokens
+        self.status_B.copy_(torch.where(stopped_B, 1, 2 * full_B))
+        self.written_B += self.active_B
 
-    def advance(self, tokens_B: Tensor) -> None:
+    def _feed(self) -> None:
         """Feed the drawn tokens; what the model says next goes to `logits_BV`."""
-        # Only the filled part of the cache is read, in steps of 16 so that shapes repeat.
-        filled = min(self.width, -(-(int(self.position_B.max()) + 1) // 16) * 16)
-        self.reserve(filled)
+        cache_MZYX, table_BP = self.pages.filled(max(self.length) + 1)
         hidden_B1D, routings = self.model.hidden(
-            tokens_B[:, None], self.position_B[:, None], cache_MBSX=self.cache_MBSX[:, :, :filled]
+            self.last_B[:, None], self.position_B[:, None], cache_MZYX=cache_MZYX, table_BP=table_BP
         )
-        self.logits_BV = self.model.lm_head(hidden_B1D[:, 0])
+        self.logits_BV.copy_(self.model.lm_head(hidden_B1D[:, 0]))
         if self.routes_BSMA is not None:
-            rows_B = torch.arange(self.count, device=tokens_B.device)
+            rows_B = torch.arange(self.count, device=self.last_B.device)
             self.routes_BSMA[rows_B, self.position_B] = chosen_experts(routings)[:, 0]
-        self.position_B += 1
+        self.position_B += self.active_B
+
+    def advance(self) -> list[int]:
+        """Feed, after making room for a token in every active slot. Where the cache is full, the
+        slots with the least to lose give up theirs: the requests that must start again."""
+        evicted = []
+        for slot in self.active():
+            while not self.pages.reserve(slot, self.length[slot] + 1):
+                victim = min(self.active(), key=lambda other: self.length[other])
+                evicted.append(self.request[victim])
+                self.clear(victim)
+                if victim == slot:
+                    break
+        if self.active():
+            self.feed()
+        for slot in self.active():
+            self.length[slot] += 1
+        return evicted
+
+    def clear(self, slot: int) -> None:
+        self.request[slot], self.length[slot] = -1, 0
+        self.active_B[slot] = self.position_B[slot] = self.written_B[slot] = 0
+        self.pages.release(slot)
 
     def take(self, slot: int, finish: str) -> Output:
         """The finished output of a slot, which becomes free."""
-        n, end = int(self.written_B[slot]), int(self.position_B[slot])
-        self.request[slot] = -1
-        self.position_B[slot] = self.written_B[slot] = 0
+        n, end = int(self.written_B[slot]), self.length[slot]
         routes = None if self.routes_BSMA is None else self.routes_BSMA[slot, :end].cpu().clone()
-        return Output(
-            self.tokens_BT[slot, :n].tolist(), self.logprobs_BT[slot, :n].tolist(), finish, routes
-        )
+        tokens, logprobs = self.tokens_BT[slot, :n].tolist(), self.logprobs_BT[slot, :n].tolist()
+        self.clear(slot)
+        return Output(tokens, logprobs, finish, routes)
 
-    def shrink(self, keep: list[int]) -> None:
-        """Drop all other slots: nothing waits for them, and they cost time."""
+    def shrink(self) -> None:
+        """Drop the free slots: nothing waits for them, and they cost time."""
+        keep = self.active()
         self.request = [self.request[slot] for slot in keep]
+        self.length = [self.length[slot] for slot in keep]
         self.count = len(keep)
-        self.cache_MBSX = self.cache_MBSX[:, keep]
+        self.pages.keep(keep)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "cache_MBSX":
+            if isinstance(value, Tensor) and name != "stop_s":
                 setattr(self, name, value[keep])
+        self.capture()
 
 
 @dataclass
@@ -194,9 +328,9 @@ def prefill(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> list[Pref
     tokens_BT = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = torch.tensor(prompt)
-    cache_MBSX = model.new_cache(*tokens_BT.shape)
+    cache_MBSX = model.new_cache(*tokens_BT.shape)  # a page a row
     positions_BT = torch.arange(tokens_BT.shape[1], device=device).expand(tokens_BT.shape)
-    hidden_BTD, routings = model.hidden(tokens_BT.to(device), positions_BT, cache_MBSX=cache_MBSX)
+    hidden_BTD, routings = model.hidden(tokens_BT.to(device), positions_BT, cache_MZYX=cache_MBSX)
     last_BD = hidden_BTD[torch.arange(len(prompts)), lengths - 1]
     logits_BV = model.lm_head(last_BD)
     routes = chosen_experts(routings) if routings else [None] * len(prompts)
@@ -218,6 +352,7 @@ def generate(
     model: Transformer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     temperature: float = 1.0, top_p: float = 1.0, stop: Sequence[int] = (), seed: int = 0,
     rows: Sequence[int] | None = None, slots: int = 256, routes: bool = False,
+    cache_tokens: int = 0, page: int = 0,
     on_token: Callable[[int, int], None] | None = None,
     on_finish: Callable[[int, Output], None] | None = None,
 ) -> list[Output]:  # fmt: skip
@@ -225,70 +360,87 @@ def generate(
 
     rows: the number of each prompt's random stream (its index by default).
     routes: record which experts each token went to, for the trainer to replay.
+    cache_tokens: room of the cache, over all slots, in pages of `page` tokens (0: what the slots
+    can need or, on a GPU, what fits). Where it is full, outputs start again later.
     on_token(index, token), on_finish(index, output): called as the outputs are written.
     Raises ValueError for an empty prompt, one too long for the model, or settings out of range.
     """
     check_request(model, prompts, max_new_tokens, temperature, top_p, slots)
-    keys = [tuple(prompt) for prompt in prompts]
-    rows = range(len(prompts)) if rows is None else rows
+    if not prompts:
+        return []
     outputs: list[Output | None] = [None] * len(prompts)
-    uses = Counter(keys)
-    prefixes: dict[tuple[int, ...], Prefix] = {}
-    queue = deque(range(len(prompts)))
-    width = max((len(key) for key in uses), default=0) + max_new_tokens
-    state = Slots(model, min(slots, len(prompts)), width, max_new_tokens, routes)
-    stop_tokens = torch.tensor(list(stop), dtype=torch.long, device=state.position_B.device)
+    queue = Queue(model, prompts, range(len(prompts)) if rows is None else rows, seed)
+    width = max(map(len, prompts)) + max_new_tokens
+    pages = Pages(model, min(slots, len(prompts)), width, page, cache_tokens)
+    state = Slots(
+        model, pages, width, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
+        routes=routes,
+    )  # fmt: skip
     while True:
-        if queue:
-            fill(state, queue, keys, uses, prefixes, rows, seed, max_new_tokens)
-        active = [slot for slot, request in enumerate(state.request) if request >= 0]
-        if not active:
-            break
-        if not queue and len(active) <= state.count // 2:
-            state.shrink(active)
-            active = list(range(state.count))
-        tokens_B = state.draw(temperature, top_p)
-        stopped_B = torch.isin(tokens_B, stop_tokens)
-        ended = (stopped_B | (state.written_B >= max_new_tokens)).tolist()
-        if on_token is not None:
-            for slot in active:
-                on_token(state.request[slot], int(tokens_B[slot]))
-        for slot in active:
-            if ended[slot]:
-                request = state.request[slot]
-                outputs[request] = state.take(slot, "stop" if bool(stopped_B[slot]) else "length")
+        queue.fill(state)
+        if not queue.waiting and len(state.active()) <= state.count // 2:
+            if not state.active():
+                return outputs
+            state.shrink()
+        state.draw()
+        status = state.status_B.tolist()
+        for slot in state.active():
+            request = state.request[slot]
+            if on_token is not None:
+                on_token(request, int(state.last_B[slot]))
+            if status[slot]:
+                outputs[request] = state.take(slot, "stop" if status[slot] == 1 else "length")
                 if on_finish is not None:
                     on_finish(request, outputs[request])
-        if queue or any(request >= 0 for request in state.request):
-            state.advance(tokens_B)
-    return outputs
+        queue.put_back(state.advance())
 
 
-def fill(
-    state: Slots, queue: deque, keys: list, uses: Counter, prefixes: dict, rows: Sequence[int],
-    seed: int, length: int, lookahead: int = 32,
-) -> None:  # fmt: skip
-    """Put waiting requests into the free slots. Prompts are prefilled some ahead of their turn,
-    many at a time, and forgotten after their last use."""
-    free = state.free()
-    taken: dict[tuple[int, ...], list[int]] = {}
-    for request in [queue.popleft() for _ in range(min(len(free), len(queue)))]:
-        taken.setdefault(keys[request], []).append(request)
-    missing = [key for key in taken if key not in prefixes]
-    if missing:
-        ahead = dict.fromkeys(keys[request] for request in islice(queue, 16 * lookahead))
-        coming = [key for key in ahead if key not in prefixes and key not in taken]
-        missing += coming[: max(0, lookahead - len(missing))]
+class Queue:
+    """The requests that wait for a slot. Prompts are prefilled some ahead of their turn, many at a
+    time, and forgotten after their last use."""
+
+    def __init__(self, model: Transformer, prompts: Sequence, rows: Sequence[int], seed: int):
+        self.model, self.rows, self.seed = model, rows, seed
+        self.keys = [tuple(prompt) for prompt in prompts]
+        self.uses = Counter(self.keys)  # requests that are still to start from a prompt
+        self.waiting = deque(range(len(prompts)))
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
+
+    def put_back(self, requests: list[int]) -> None:
+        for request in requests:
+            self.waiting.appendleft(request)
+            self.uses[self.keys[request]] += 1
+
+    def fill(self, state: Slots) -> None:
+        """Put waiting requests into the free slots, as far as the cache has room."""
+        taken: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for slot in state.places() if self.waiting else ():
+            if not self.waiting:
+                break
+            key = self.keys[self.waiting[0]]
+            if not state.pages.reserve(slot, len(key) + 1):
+                state.pages.release(slot)
+                break
+            taken.setdefault(key, []).append((slot, self.waiting.popleft()))
+        self.prefill([key for key in taken if key not in self.prefixes])
+        for key, pairs in taken.items():
+            slots, requests = zip(*pairs)
+            rows = [self.rows[request] for request in requests]
+            streams = [random_stream(self.seed, row, state.max_new_tokens) for row in rows]
+            state.assign(list(slots), list(requests), self.prefixes[key], np.stack(streams))
+            self.uses[key] -= len(pairs)
+            if self.uses[key] == 0:
+                del self.prefixes[key]
+
+    def prefill(self, missing: list[tuple[int, ...]], lookahead: int = 32) -> None:
+        if not missing:
+            return
+        ahead = dict.fromkeys(self.keys[request] for request in islice(self.waiting, 512))
+        coming = [key for key in ahead if key not in self.prefixes and key not in missing]
+        missing = missing + coming[: max(0, lookahead - len(missing))]
         for start in range(0, len(missing), lookahead):
             batch = missing[start : start + lookahead]
-            prefixes.update(zip(batch, prefill(state.model, batch)))
-    for key, requests in taken.items():
-        places, free = free[: len(requests)], free[len(requests) :]
-        streams = np.stack([random_stream(seed, rows[request], length) for request in requests])
-        state.assign(places, requests, prefixes[key], streams)
-        uses[key] -= len(requests)
-        if uses[key] == 0:
-            del prefixes[key]
+            self.prefixes.update(zip(batch, prefill(self.model, batch)))
 
 
 def check_request(

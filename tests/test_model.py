@@ -118,7 +118,7 @@ def test_mla_computes_the_equations_of_the_report(name):
     model = build(config)
     mla, T = model.model.layers[0].self_attn, 7
     x_TD = torch.randn(T, config.hidden_size, dtype=torch.float64)
-    out_TD = mla(x_TD[None], model.rows(torch.zeros(1, T, dtype=torch.long), None, True))[0]
+    out_TD = mla(x_TD[None], model.rows(torch.zeros(1, T, dtype=torch.long), None))[0]
     # 2 pi / frequency is a pair's wavelength; the frequencies have a test of their own.
     freq = rope_frequencies(config, torch.device("cpu")).double().numpy()
     K, R, U, C = 6, 8, 5, 10
@@ -161,7 +161,7 @@ def test_gqa_computes_grouped_attention_head_by_head(name):
     model = build(config)
     gqa, T = model.model.layers[0].self_attn, 6
     x_TD = torch.randn(T, config.hidden_size, dtype=torch.float64)
-    out_TD = gqa(x_TD[None], model.rows(torch.zeros(1, T, dtype=torch.long), None, True))[0]
+    out_TD = gqa(x_TD[None], model.rows(torch.zeros(1, T, dtype=torch.long), None))[0]
     K = 10 if name == "qwen3" else 6
     freq = [100.0 ** (-2 * i / K) for i in range(K // 2)]
     weight = {k: v.numpy() for k, v in gqa.state_dict().items()}
@@ -200,15 +200,13 @@ def test_absorbed_attention_equals_naive(name):
     mla, T = model.model.layers[1].self_attn, 9
     x_BTD = torch.randn(3, T, config.hidden_size, dtype=torch.float64)
     positions_BT = torch.arange(T).expand(3, T)
-    rows = model.rows(positions_BT, positions_BT, packed=False)
+    rows = model.rows(positions_BT, None)
     q_BTHk, latent_BTC, rope_BTR = mla.project(x_BTD, rows)
     naive = mla.naive(q_BTHk, latent_BTC, rope_BTR, None)
     cache_BSX = torch.cat((latent_BTC, rope_BTR), -1)
     for t in range(T):
-        close(
-            mla.absorbed(q_BTHk[:, t : t + 1], cache_BSX, positions_BT[:, t : t + 1])[:, 0],
-            naive[:, t],
-        )
+        here = model.cached_rows(positions_BT[:, t : t + 1], T, None)
+        close(mla.absorbed(q_BTHk[:, t : t + 1], cache_BSX, here)[:, 0], naive[:, t])
 
 
 @torch.no_grad()
@@ -219,17 +217,17 @@ def test_cached_decoding_equals_the_uncached_forward(config):
     lengths, new = [1, 4, 7], 6
     tokens_BT = random_tokens(3, 7 + new)
     # Whatever stands in unused places of the cache is not seen.
-    cache_MBSX = model.new_cache(3, 7 + new).fill_(1e3)
-    assert cache_MBSX.shape == (config.num_hidden_layers, 3, 7 + new, config.cache_width)
+    cache_MZYX = model.new_cache(3, 7 + new).fill_(1e3)
+    assert cache_MZYX.shape == (config.num_hidden_layers, 3, 7 + new, config.cache_width)
     positions_BT = torch.arange(7).expand(3, 7)
-    prompt_BTD, _ = model.hidden(tokens_BT[:, :7], positions_BT, cache_MBSX=cache_MBSX)
+    prompt_BTD, _ = model.hidden(tokens_BT[:, :7], positions_BT, cache_MZYX=cache_MZYX)
     alone = [model.hidden(tokens_BT[b : b + 1, : n + new])[0][0] for b, n in enumerate(lengths)]
     for b, n in enumerate(lengths):
         close(prompt_BTD[b, :n], alone[b][:n])
     at_B = torch.tensor(lengths)
     for step in range(new):
         next_B1 = tokens_BT.gather(1, at_B[:, None])
-        hidden_B1D, _ = model.hidden(next_B1, at_B[:, None], cache_MBSX=cache_MBSX)
+        hidden_B1D, _ = model.hidden(next_B1, at_B[:, None], cache_MZYX=cache_MZYX)
         for b, n in enumerate(lengths):
             close(hidden_B1D[b, 0], alone[b][n + step])
         at_B = at_B + 1
@@ -241,11 +239,26 @@ def test_prompts_of_one_token_are_prefilled_as_any_other(config):
     """A single position takes the absorbed form from the start."""
     model = build(config)
     tokens_BT = random_tokens(2, 5)
-    cache_MBSX = model.new_cache(2, 5)
+    cache_MZYX = model.new_cache(2, 5)
     full_BTD, _ = model.hidden(tokens_BT)
     for t in range(5):
         at_B1 = torch.full((2, 1), t)
-        hidden_B1D, _ = model.hidden(tokens_BT[:, t : t + 1], at_B1, cache_MBSX=cache_MBSX)
+        hidden_B1D, _ = model.hidden(tokens_BT[:, t : t + 1], at_B1, cache_MZYX=cache_MZYX)
+        close(hidden_B1D[:, 0], full_BTD[:, t])
+
+
+@torch.no_grad()
+@every_config
+def test_a_cache_in_shuffled_pages_equals_one_in_order(config):
+    model = build(config)
+    tokens_BT = random_tokens(2, 9)
+    full_BTD, _ = model.hidden(tokens_BT)
+    cache_MZYX = model.new_cache(8, 3).fill_(float("nan"))  # what isn't written isn't read
+    table_BP = torch.tensor([[5, 0, 7], [2, 6, 1]], dtype=torch.int32)
+    for t in range(9):
+        hidden_B1D, _ = model.hidden(
+            tokens_BT[:, t : t + 1], torch.full((2, 1), t), cache_MZYX=cache_MZYX, table_BP=table_BP
+        )
         close(hidden_B1D[:, 0], full_BTD[:, t])
 
 
@@ -330,7 +343,7 @@ def test_multi_token_prediction_merges_embedding_then_hidden():
     x_BTD = (
         rms(embedded_BTD, mtp.enorm) @ left_DD.T + rms(hidden_BTD[:, :-1], mtp.hnorm) @ right_DD.T
     )
-    rows = model.rows(tokens_BT[:, :-1], None, packed=True)
+    rows = model.rows(tokens_BT[:, :-1], None)
     x_BTD, _ = mtp(x_BTD, rows)
     close(second_BTD, rms(x_BTD, mtp.shared_head.norm))
 
@@ -431,8 +444,8 @@ def test_deepseeks_softmax_scale_is_0_13523_and_cos_and_sin_keep_their_size():
     assert mla.scale == pytest.approx(0.13523, abs=5e-6)
     assert mla.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12)
     small = build(replace(DEEPSEEK, rope_scaling={**YARN, "mscale_all_dim": 1.0}))
-    rows = small.rows(torch.zeros(1, 5, dtype=torch.long), None, packed=True)
-    close(rows.cos_BTr**2 + rows.sin_BTr**2, torch.ones(1, 5, 4, dtype=torch.float64), 1e-6)
+    rows = small.rows(torch.zeros(1, 5, dtype=torch.long), None)
+    close(rows.turn_BTr.abs(), torch.ones(1, 5, 4, dtype=torch.float64), 1e-6)
 
 
 @pytest.mark.parametrize("scaling", [dict(), dict(beta_fast=32, beta_slow=1)])
@@ -442,8 +455,8 @@ def test_yarn_without_mscale_all_dim_puts_its_temperature_on_cos_and_sin(scaling
     yarn = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, **scaling)
     config = replace(CONFIGS["qwen2"], rope_scaling=yarn)
     model = build(config)
-    rows = model.rows(torch.zeros(1, 5, dtype=torch.long), None, packed=True)
-    size = math.sqrt(float((rows.cos_BTr**2 + rows.sin_BTr**2)[0, 3, 0]))
+    rows = model.rows(torch.zeros(1, 5, dtype=torch.long), None)
+    size = float(rows.turn_BTr[0, 3, 0].abs())
     assert size == pytest.approx(0.1 * math.log(4) + 1, rel=1e-6)
     deepseek = Transformer(replace(DEEPSEEK, rope_scaling=yarn))
     assert deepseek.model.layers[0].self_attn.scale == pytest.approx(14**-0.5)
@@ -464,7 +477,7 @@ def rows_at(positions: list[float], freq: list[float]) -> Rows:
     angles = torch.tensor(positions, dtype=torch.float64)[None, :, None] * torch.tensor(
         freq, dtype=torch.float64
     )
-    return Rows(torch.tensor([positions]), None, angles.cos(), angles.sin())
+    return Rows(torch.tensor([positions]), torch.complex(angles.cos(), angles.sin()))
 
 
 FREQ = [1.0, 0.3, 0.05]
@@ -505,8 +518,8 @@ def test_rotated_scores_depend_on_the_distance_alone(interleaved):
 
 def test_rotation_keeps_bf16_but_turns_in_fp32():
     model = build(DEEPSEEK).bfloat16()
-    rows = model.rows(torch.zeros(1, 200, dtype=torch.long), None, packed=True)
-    assert rows.cos_BTr.dtype == torch.float32
+    rows = model.rows(torch.zeros(1, 200, dtype=torch.long), None)
+    assert rows.turn_BTr.dtype == torch.complex64
     x_BTHR = torch.randn(1, 200, 2, 8).bfloat16()
     out = rotate(x_BTHR, rows, interleaved=True)
     assert out.dtype == torch.bfloat16

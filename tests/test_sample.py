@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import sample
 from data.packing import pack
@@ -356,6 +358,107 @@ def test_the_stop_token_is_not_part_of_the_judged_text():
     assert spell(tokenizer, Output(tokens, [], "length")) == " so 4 ."
 
 
+# ---- the cache in pages, and CUDA graphs -------------------------------------------------
+
+
+@every_config
+@pytest.mark.parametrize("page", [1, 3, 4, 19])
+def test_outputs_do_not_depend_on_the_size_of_a_page(config, page):
+    model = build(config)
+    settings = dict(max_new_tokens=12, temperature=1.2, stop=(0, 7), seed=5, routes=config.is_moe)
+    expected = generate(model, PROMPTS, **settings)
+    assert_same(generate(model, PROMPTS, page=page, slots=4, **settings), expected)
+
+
+@every_config
+@pytest.mark.parametrize("cache_tokens", [26, 30, 48])
+def test_where_the_cache_is_full_outputs_start_again_and_are_the_same(
+    config, cache_tokens, monkeypatch
+):
+    model = build(config)
+    settings = dict(max_new_tokens=12, temperature=1.2, stop=(0, 7), seed=5, routes=config.is_moe)
+    expected = generate(model, PROMPTS, **settings)
+    evicted, largest = [], []
+    advance = sample.Slots.advance
+
+    def watched(state):
+        found = advance(state)
+        evicted.extend(found)
+        used = sum(map(len, state.pages.owned)) + len(state.pages.free)
+        largest.append(state.pages.cache_MZYX.shape[1])
+        assert used == largest[-1], "a page was lost, or has two owners"
+        return found
+
+    monkeypatch.setattr(sample.Slots, "advance", watched)
+    got = generate(model, PROMPTS, page=2, slots=8, cache_tokens=cache_tokens, **settings)
+    assert_same(got, expected)
+    assert max(largest) * 2 <= cache_tokens
+    assert evicted or cache_tokens == 48, "no output had to start again: nothing was tested"
+
+
+def test_a_cache_too_small_for_one_output_is_refused(deepseek):
+    with pytest.raises(ValueError, match="a cache of 6 tokens has no room for an output of 11"):
+        generate(deepseek, [[1, 2, 3]], max_new_tokens=8, page=2, cache_tokens=6)
+
+
+class Replayed(TorchDispatchMode):
+    """A CUDA graph on the CPU: the operations of the first call with whatever the host had decided,
+    the same tensors by address, and nothing of Python in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        reads = ("_local_scalar_dense", "nonzero", "bincount", "repeat_interleave")
+        assert not any(read in function.name() for read in reads), f"the host waits: {function}"
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        made = {}
+        for function, args, kwargs, out in self.operations:
+            args, kwargs = tree_map(lambda x: made.get(id(x), x), (args, kwargs))
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again)):
+                if old is not new:
+                    made[id(old)] = new
+
+
+@every_config
+@pytest.mark.parametrize("page", [4, 64])
+def test_a_step_can_be_captured_as_a_cuda_graph(config, page, monkeypatch):
+    """The captured step reads nothing back, and works on tensors that stay in place."""
+    replays = []
+
+    def call(captured):
+        if captured.graph is None:
+            captured.graph = Replayed()
+            with captured.graph:
+                captured.function()
+        else:
+            replays.append(captured)
+            captured.graph.replay()
+
+    model = build(config)
+    settings = dict(max_new_tokens=12, temperature=1.2, stop=(0, 7), seed=5, routes=config.is_moe)
+    expected = generate(model, PROMPTS, **settings)
+    on_gpu = sample.Pages.__init__
+
+    def as_on_a_gpu(pages, *args):
+        monkeypatch.setattr(sample.Pages, "fitting", lambda pages: 10**6)
+        on_gpu(pages, *args)
+        pages.on_gpu = True
+        pages.cache_MZYX = model.new_cache(pages.most, pages.Y)
+        pages.free = list(range(pages.slots, pages.most))
+
+    monkeypatch.setattr(sample.Pages, "__init__", as_on_a_gpu)
+    monkeypatch.setattr(sample.Captured, "__call__", call)
+    assert_same(generate(model, PROMPTS, page=page, slots=4, **settings), expected)
+    assert len(replays) > 20
+
+
 # ---- prompts ---------------------------------------------------------------------------
 
 
@@ -365,18 +468,18 @@ def test_each_prompt_is_prefilled_once_and_forgotten(deepseek, monkeypatch, slot
     assert len(set(map(tuple, distinct))) == 80
     prompts = [prompt for prompt in distinct for _ in range(3)] + distinct[:5]
     read, held = [], []
-    prefill, fill = sample.prefill, sample.fill
+    prefill, fill = sample.prefill, sample.Queue.fill
 
     def counted_prefill(model, batch):
         read.extend(batch)
         return prefill(model, batch)
 
-    def watched_fill(state, queue, keys, uses, prefixes, *rest):
-        fill(state, queue, keys, uses, prefixes, *rest)
-        held.append(len(prefixes))
+    def watched_fill(queue, state):
+        fill(queue, state)
+        held.append(len(queue.prefixes))
 
     monkeypatch.setattr(sample, "prefill", counted_prefill)
-    monkeypatch.setattr(sample, "fill", watched_fill)
+    monkeypatch.setattr(sample.Queue, "fill", watched_fill)
     generate(deepseek, prompts, max_new_tokens=2, seed=0, slots=slots)
     assert Counter(read) == Counter({tuple(prompt) for prompt in prompts})
     assert held[-1] == 0
