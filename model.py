@@ -143,7 +143,10 @@ class Config:
 
     def to_dict(self) -> dict:
         """What config.json holds."""
-        return {"architectures": [ARCHITECTURES[self.model_type]], **asdict(self)}
+        settings = {"architectures": [ARCHITECTURES[self.model_type]], **asdict(self)}
+        if self.head_dim is None:  # which transformers would take for a value
+            del settings["head_dim"]
+        return settings
 
 
 DENSE = dict(kv_lora_rank=None, q_lora_rank=None, n_routed_experts=None, first_k_dense_replace=0,
@@ -275,55 +278,58 @@ class MLA(nn.Module):
         self.scale = (self.K + self.R) ** -0.5 * yarn_mscale(config, "mscale_all_dim") ** 2
 
     def forward(self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None) -> Tensor:
-        q_BTHk, latent_BTC, rope_BTR = self.project(x_BTD, rows)
+        q_BTHK, q_BTHR, latent_BTC, rope_BTR = self.project(x_BTD, rows)
         if cache_ZYX is not None:
             cache_ZYX[rows.page_BT, rows.place_BT] = torch.cat((latent_BTC, rope_BTR), -1)
             if rows.seen_B is not None:
-                return self.o_proj(self.absorbed(q_BTHk, cache_ZYX, rows))
-        return self.o_proj(self.naive(q_BTHk, latent_BTC, rope_BTR, rows.starts_BT))
+                return self.o_proj(self.absorbed(q_BTHK, q_BTHR, cache_ZYX, rows))
+        return self.o_proj(self.naive(q_BTHK, q_BTHR, latent_BTC, rope_BTR, rows.starts_BT))
 
-    def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of K + R numbers a head, the normed latent, and the rotated shared key."""
+    def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each head's query, its K numbers and its R rotated ones; the normed latent; the rotated
+        key that all heads share."""
         B, T, _ = x_BTD.shape
         # V3 Eq. 6-9: c_Q = W_DQ h;  q = [W_UQ c_Q ; RoPE(W_QR c_Q)]
         if self.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope_BTHK, q_rope_BTHR = q.view(B, T, self.H, -1).split((self.K, self.R), -1)
-        q_rope_BTHR = rotate(q_rope_BTHR, rows, interleaved=True)
+        q_BTHK, q_BTHR = q.view(B, T, self.H, -1).split((self.K, self.R), -1)
         # V3 Eq. 1, 3: c_KV = W_DKV h;  k_R = RoPE(W_KR h), one for all heads
-        latent_BTC, k_rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), -1)
-        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), rows, interleaved=True).squeeze(2)
+        latent_BTC, k_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), -1)
         return (
-            torch.cat((q_nope_BTHK, q_rope_BTHR), -1),
+            q_BTHK,
+            rotate(q_BTHR, rows, interleaved=True),
             self.kv_a_layernorm(latent_BTC),
-            k_rope_BTR,
+            rotate(k_BTR.unsqueeze(2), rows, interleaved=True).squeeze(2),
         )
 
     def naive(
-        self, q_BTHk: Tensor, latent_BTC: Tensor, rope_BTR: Tensor, starts_BT: Tensor | None
-    ) -> Tensor:
+        self, q_BTHK: Tensor, q_BTHR: Tensor, latent_BTC: Tensor, rope_BTR: Tensor,
+        starts_BT: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         B, T, _ = latent_BTC.shape
         # V3 Eq. 2, 4, 5: k = [W_UK c_KV ; k_R];  v = W_UV c_KV
         kv = self.kv_b_proj(latent_BTC).view(B, T, self.H, self.K + self.U)
         k_BTHK, v_BTHU = kv.split((self.K, self.U), -1)
         shared_BTHR = rope_BTR.unsqueeze(2).expand(-1, -1, self.H, -1)
         k_BTHk = torch.cat((k_BTHK, shared_BTHR), -1)
+        q_BTHk = torch.cat((q_BTHK, q_BTHR), -1)
         return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, starts_BT).flatten(2)
 
-    def absorbed(self, q_BTHk: Tensor, cache_ZYX: Tensor, rows: Rows) -> Tensor:
+    def absorbed(self, q_BTHK: Tensor, q_BTHR: Tensor, cache_ZYX: Tensor, rows: Rows) -> Tensor:
         # The same, with the maps on the other side: q . (W_UK c) = (W_UK^T q) . c, and the weighted
-        # sum of W_UV c is W_UV times the weighted sum of c.
+        # sum of W_UV c is W_UV times the weighted sum of c. As einsums, which take longer to set
+        # up than to compute: bhk,hkc->bhc and bhc,huc->bhu.
         w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
         w_uk_HKC, w_uv_HUC = w_HkC.split((self.K, self.U), 1)
-        q_nope_BHK, q_rope_BHR = q_BTHk[:, 0].split((self.K, self.R), -1)
-        q_latent_BHC = torch.einsum("bhk,hkc->bhc", q_nope_BHK, w_uk_HKC)
-        q_BHX = torch.cat((q_latent_BHC, q_rope_BHR), -1)
+        q_BHC = torch.bmm(q_BTHK[:, 0].transpose(0, 1), w_uk_HKC).transpose(0, 1)
+        q_BHX = torch.cat((q_BHC, q_BTHR[:, 0]), -1)
         mixed_BHC = kernels.mla_decode(
             q_BHX, cache_ZYX, rows.table_BP, rows.seen_B, self.C, self.scale
         )
-        return torch.einsum("bhc,huc->bhu", mixed_BHC, w_uv_HUC).flatten(1).unsqueeze(1)
+        out_HBU = torch.bmm(mixed_BHC.transpose(0, 1), w_uv_HUC.transpose(1, 2))
+        return out_HBU.transpose(0, 1).flatten(1).unsqueeze(1)
 
 
 class GQA(nn.Module):
@@ -441,7 +447,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
         E, (N, A) = len(self.gate_proj), experts_NA.shape
-        if x_ND.device.type == "cpu" and N <= 64 and self.gate_proj.numel() <= 2**16:
+        sampling_on_cpu = x_ND.device.type == "cpu" and not torch.is_grad_enabled()
+        if sampling_on_cpu and N <= 64 and self.gate_proj.numel() <= 2**16:
             return self.all_experts(x_ND, weights_NA, experts_NA)
         flat_W = experts_NA.flatten()  # W: a copy of a token for each of its experts
         order_W = flat_W.argsort(stable=True)
@@ -463,7 +470,7 @@ class Experts(nn.Module):
         gate_NX = nn.functional.linear(x_ND, self.gate_proj.view(E * F, D))
         up_NX = nn.functional.linear(x_ND, self.up_proj.view(E * F, D))
         hidden_NEF = kernels.swiglu(gate_NX, up_NX).view(-1, E, F) * weights_NE.unsqueeze(-1)
-        return torch.einsum("nef,edf->nd", hidden_NEF, self.down_proj)
+        return torch.bmm(hidden_NEF.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)
 
 
 class MoE(nn.Module):

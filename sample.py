@@ -2,8 +2,8 @@
 
 `generate` is the engine. Each of its `slots` writes one output; a prompt is prefilled once for all
 its outputs; as soon as an output ends, its slot goes to the next request. The cache is in pages,
-which a slot gets as it grows and gives back when it ends. On a GPU a step is two CUDA graphs
-(draw a token in every slot; feed it), so that the CPU does not have to start every kernel. The random
+which a slot gets as it grows and gives back when it ends. A step is recorded and played back, on a
+GPU as two CUDA graphs (draw a token in every slot; feed it), so that Python is not in the way. The random
 numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours, the
 number of slots or of processes (but for rounding, where two tokens are equally likely).
 
@@ -18,6 +18,7 @@ import codecs
 import math
 import operator
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import rewards
 from data.problems import Problem, load
@@ -39,7 +40,7 @@ from kernels import full
 from model import Transformer
 from runtime import parallel
 from runtime.pretrained import load_pretrained
-from runtime.run import UserError, flag, launch, parse, pick_device, progress
+from runtime.run import UserError, flag, launch, parse, pick_device, progress, usable_dtype
 
 
 @dataclass
@@ -141,6 +142,10 @@ class Pages:
 
     def write(self, slots: list[int], cache_MSX: Tensor) -> None:
         """Put the same entries at the start of each slot, where room has been made for them."""
+        if self.table_BP is None:
+            for slot in slots:
+                self.cache_MZYX[:, slot, : cache_MSX.shape[1]] = cache_MSX
+            return
         place_S = torch.arange(cache_MSX.shape[1], device=cache_MSX.device)
         page_GS = torch.tensor([self.owned[slot] for slot in slots])[:, place_S.cpu() // self.Y]
         pages_GS = page_GS.to(place_S.device)
@@ -162,8 +167,8 @@ class Pages:
         graph reads the same tensors each time: on a GPU it is the whole."""
         if self.on_gpu:
             return self.cache_MZYX, self.table_BP
-        if self.table_BP is None:  # in steps of 16 so that shapes repeat
-            return self.cache_MZYX[:, :, : -(-length // 16) * 16], None
+        if self.table_BP is None:  # in steps of 32 so that shapes repeat
+            return self.cache_MZYX[:, :, : -(-length // 32) * 32], None
         return self.cache_MZYX, self.table_BP[:, : -(-length // self.Y)]
 
 
@@ -185,6 +190,63 @@ class Captured:
         self.graph.replay()
 
 
+class Step(nn.Module):
+    """One token in, the logits of the next one out, and the experts it went to if they are wanted:
+    BV, BMA."""
+
+    def __init__(self, model: Transformer, routes: bool):
+        super().__init__()
+        self.model, self.routes = model, routes
+
+    def forward(self, tokens_B: Tensor, position_B: Tensor, cache: Tensor, table=None):
+        hidden_B1D, routings = self.model.hidden(
+            tokens_B[:, None], position_B[:, None], cache_MZYX=cache, table_BP=table
+        )
+        logits_BV = self.model.lm_head(hidden_B1D[:, 0])
+        return (logits_BV, chosen_experts(routings)[:, 0]) if self.routes else (logits_BV,)
+
+
+class Recorded:
+    """A Step on the CPU, where half of a small model's time is Python: recorded (torch.jit.trace)
+    when a shape comes often, and played back from then on. The weights are the model's own, by
+    reference. torch.compile would fuse more, and takes a minute (LOG.md)."""
+
+    OFTEN = 8
+    last: "Recorded | None" = None
+
+    def __init__(self, step: Step):
+        self.step, self.weights = step, [id(weight) for weight in step.parameters()]
+        self.calls: Counter = Counter()
+        self.recordings: dict[tuple, Callable] = {}
+
+    @classmethod
+    def of(cls, model: Transformer, routes: bool) -> "Recorded":
+        """The recordings of the last call of `generate`, if it had the same model."""
+        step = Step(model, routes)
+        same = cls.last is not None and cls.last.step.model is model
+        weights = [id(weight) for weight in step.parameters()]
+        if not same or cls.last.step.routes != routes or cls.last.weights != weights:
+            cls.last = cls(step)
+        return cls.last
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        self.calls[key] += 1
+        if self.calls[key] <= self.OFTEN:
+            return self.step(*inputs)
+        if self.calls[key] == self.OFTEN + 1:
+            with warnings.catch_warnings(), torch.jit.optimized_execution(False):
+                warnings.simplefilter("ignore")  # that it is deprecated; of each shape it fixes
+                self.recordings[key] = torch.jit.trace(self.step, inputs, check_trace=False)
+        elif self.calls[key] == self.OFTEN + 2:
+            # A recording has only what happened: it must be right for other data too.
+            right, played = self.step(*inputs), self.recordings[key](*inputs)
+            if not all(map(torch.equal, right, played)):
+                self.recordings[key] = self.step
+            return right
+        return self.recordings[key](*inputs)
+
+
 class Slots:
     """The outputs being written: the logits to draw from next, what each has so far."""
 
@@ -193,7 +255,8 @@ class Slots:
         temperature: float, top_p: float, stop: Sequence[int], routes: bool,
     ):  # fmt: skip
         config, device, count = model.config, model.lm_head.weight.device, pages.slots
-        self.model, self.pages, self.count = model, pages, count
+        routes = routes and config.is_moe
+        self.pages, self.count = pages, count
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.request = [-1] * count  # which request a slot works on; -1: free
         self.length = [0] * count  # its tokens in the cache
@@ -211,10 +274,11 @@ class Slots:
         self.logprobs_BT = zeros(max_new_tokens, dtype=torch.float64)
         self.uniform_BT = zeros(max_new_tokens, dtype=torch.float64)
         self.routes_BSMA = None
-        if routes and config.num_moe_layers:
+        if routes:
             shape = (width, config.num_moe_layers, config.num_experts_per_tok)
             self.routes_BSMA = zeros(*shape, dtype=torch.int16).fill_(-1)
         self.stop_s = torch.tensor(list(stop), dtype=torch.long, device=device)
+        self.step = Step(model, routes) if pages.on_gpu else Recorded.of(model, routes)
         self.capture()
 
     def capture(self) -> None:
@@ -227,21 +291,24 @@ class Slots:
     def active(self) -> list[int]:
         return [slot for slot, request in enumerate(self.request) if request >= 0]
 
-    def assign(
-        self, slots: list[int], requests: list[int], prefix: "Prefix", streams: np.ndarray
-    ) -> None:
-        """Give the slots, which have room for it, to requests that share one prompt."""
-        length = prefix.cache_MSX.shape[1]
-        for slot, request in zip(slots, requests):
-            self.request[slot], self.length[slot] = request, length
-        self.pages.write(slots, prefix.cache_MSX)
-        self.logits_BV[slots] = prefix.logits_V
-        self.active_B[slots] = 1
-        self.position_B[slots] = length
-        self.written_B[slots] = 0
-        self.uniform_BT[slots] = torch.from_numpy(streams).to(self.uniform_BT.device)
-        if self.routes_BSMA is not None:
-            self.routes_BSMA[slots, :length] = prefix.routes_SMA
+    def assign(self, started: "list[tuple[int, int, Prefix]]", streams_BT: np.ndarray) -> None:
+        """Give slots, which have room for it, to requests: (slot, request, what it starts from)."""
+        slots, requests, prefixes = zip(*started)
+        members: dict[int, list[int]] = {}  # the slots that start from the same prefix
+        for slot, request, prefix in started:
+            self.request[slot], self.length[slot] = request, prefix.length
+            members.setdefault(id(prefix), []).append(slot)
+        index = torch.tensor(slots, device=self.position_B.device)
+        self.logits_BV[index] = torch.stack([prefix.logits_V for prefix in prefixes])
+        self.active_B[index] = 1
+        self.position_B[index] = index.new_tensor([prefix.length for prefix in prefixes])
+        self.written_B[index] = 0
+        self.uniform_BT[index] = torch.from_numpy(streams_BT).to(index.device)
+        for prefix in {id(prefix): prefix for prefix in prefixes}.values():
+            same = members[id(prefix)]
+            self.pages.write(same, prefix.cache_MSX)
+            if self.routes_BSMA is not None:
+                self.routes_BSMA[same, : prefix.length] = prefix.routes_SMA
 
     def _draw(self) -> None:
         """One more token in every slot."""
@@ -258,14 +325,12 @@ class Slots:
 
     def _feed(self) -> None:
         """Feed the drawn tokens; what the model says next goes to `logits_BV`."""
-        cache_MZYX, table_BP = self.pages.filled(max(self.length) + 1)
-        hidden_B1D, routings = self.model.hidden(
-            self.last_B[:, None], self.position_B[:, None], cache_MZYX=cache_MZYX, table_BP=table_BP
-        )
-        self.logits_BV.copy_(self.model.lm_head(hidden_B1D[:, 0]))
+        filled = (part for part in self.pages.filled(max(self.length) + 1) if part is not None)
+        logits_BV, *routes = self.step(self.last_B, self.position_B, *filled)
+        self.logits_BV.copy_(logits_BV)
         if self.routes_BSMA is not None:
             rows_B = torch.arange(self.count, device=self.last_B.device)
-            self.routes_BSMA[rows_B, self.position_B] = chosen_experts(routings)[:, 0]
+            self.routes_BSMA[rows_B, self.position_B] = routes[0]
         self.position_B += self.active_B
 
     def advance(self) -> list[int]:
@@ -299,8 +364,8 @@ class Slots:
         return Output(tokens, logprobs, finish, routes)
 
     def shrink(self) -> None:
-        """Drop the free slots: nothing waits for them, and they cost time."""
-        keep = self.active()
+        """Drop half of the slots, which are free: nothing waits for them, and they cost time."""
+        keep = sorted((self.active() + self.places())[: self.count // 2])
         self.request = [self.request[slot] for slot in keep]
         self.length = [self.length[slot] for slot in keep]
         self.count = len(keep)
@@ -318,6 +383,10 @@ class Prefix:
     cache_MSX: Tensor
     logits_V: Tensor
     routes_SMA: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.cache_MSX.shape[1]
 
 
 def prefill(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> list[Prefix]:
@@ -378,9 +447,9 @@ def generate(
     )  # fmt: skip
     while True:
         queue.fill(state)
-        if not queue.waiting and len(state.active()) <= state.count // 2:
-            if not state.active():
-                return outputs
+        if not queue.waiting and not state.active():
+            return outputs
+        while not queue.waiting and len(state.active()) <= state.count // 2:
             state.shrink()
         state.draw()
         status = state.status_B.tolist()
@@ -413,22 +482,24 @@ class Queue:
 
     def fill(self, state: Slots) -> None:
         """Put waiting requests into the free slots, as far as the cache has room."""
-        taken: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        taken: list[tuple[int, int]] = []
         for slot in state.places() if self.waiting else ():
             if not self.waiting:
                 break
-            key = self.keys[self.waiting[0]]
-            if not state.pages.reserve(slot, len(key) + 1):
+            if not state.pages.reserve(slot, len(self.keys[self.waiting[0]]) + 1):
                 state.pages.release(slot)
                 break
-            taken.setdefault(key, []).append((slot, self.waiting.popleft()))
-        self.prefill([key for key in taken if key not in self.prefixes])
-        for key, pairs in taken.items():
-            slots, requests = zip(*pairs)
-            rows = [self.rows[request] for request in requests]
-            streams = [random_stream(self.seed, row, state.max_new_tokens) for row in rows]
-            state.assign(list(slots), list(requests), self.prefixes[key], np.stack(streams))
-            self.uses[key] -= len(pairs)
+            taken.append((slot, self.waiting.popleft()))
+        if not taken:
+            return
+        keys = [self.keys[request] for _, request in taken]
+        self.prefill([key for key in dict.fromkeys(keys) if key not in self.prefixes])
+        rows = [self.rows[request] for _, request in taken]
+        streams = [random_stream(self.seed, row, state.max_new_tokens) for row in rows]
+        started = [(*pair, self.prefixes[key]) for pair, key in zip(taken, keys)]
+        state.assign(started, np.stack(streams))
+        for key, count in Counter(keys).items():
+            self.uses[key] -= count
             if self.uses[key] == 0:
                 del self.prefixes[key]
 
@@ -602,7 +673,9 @@ class Config:
     slots: int = flag(256, "rows that are written at the same time")
     seed: int = flag(0, "random seed")
     device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of the weights; none: as stored")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        None, "of the weights; none: as stored"
+    )
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
 
@@ -611,6 +684,7 @@ def main(config: Config) -> None:
     model = load_pretrained(
         config.model, dtype=config.dtype and getattr(torch, config.dtype), device=device
     )
+    model.to(usable_dtype(model.lm_head.weight.dtype, device))
     tokenizer = Tokenizer.load(config.model)
     if config.data is not None:
         problems = load(config.data, all_held_out=True).held_out(config.limit)

@@ -41,7 +41,9 @@ from model import Transformer
 from runtime import parallel
 from runtime.plot import draw_curve
 from runtime.pretrained import load_pretrained, save_pretrained
-from runtime.run import Run, UserError, check_finite, flag, launch, parse, pick_device, progress
+from runtime.run import (
+    Run, UserError, check_finite, flag, launch, parse, pick_device, progress, usable_dtype,
+)  # fmt: skip
 from sample import evaluate, fitting_prompts, table
 
 
@@ -187,7 +189,8 @@ def check_context(config: Config, model: ModelConfig) -> None:
 
 def load_base(config: Config) -> tuple[Transformer, Tokenizer]:
     # Not in bf16 even where it is stored so: AdamW's steps of 1e-6 would vanish in its rounding.
-    dtype, device = getattr(torch, config.dtype), pick_device(config.device)
+    device = pick_device(config.device)
+    dtype = usable_dtype(getattr(torch, config.dtype), device)
     model = load_pretrained(config.model, dtype=dtype, device=device)
     try:
         return model, Tokenizer.load(config.model)

@@ -30,7 +30,7 @@ QWEN2 = dict(model_type="qwen2", kv_lora_rank=None, q_lora_rank=None, n_routed_e
              rope_theta=1e6, max_position_embeddings=4096)  # fmt: skip
 # A model that a laptop runs, and one that a GPU is needed for.
 SHAPES = {
-    "qwen2-tiny": dict(QWEN2, vocab_size=2048, hidden_size=256, intermediate_size=1024,
+    "qwen2-tiny": dict(QWEN2, vocab_size=1024, hidden_size=256, intermediate_size=512,
                        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2),
     "qwen2.5-1.5b": dict(QWEN2, vocab_size=151936, hidden_size=1536, intermediate_size=8960,
                          num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
@@ -88,10 +88,6 @@ def peer_of(model: Transformer, directory: str):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     save_pretrained(model, directory)
-    settings = json.loads(Path(directory, "config.json").read_text())
-    if settings["head_dim"] is None:  # which transformers would take for a value
-        del settings["head_dim"]
-        Path(directory, "config.json").write_text(json.dumps(settings))
     weight = model.lm_head.weight
     peer = AutoModelForCausalLM.from_pretrained(
         directory, dtype=weight.dtype, attn_implementation="sdpa"

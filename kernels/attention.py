@@ -85,15 +85,13 @@ def _store(ptr, tile, row, stride, T, FIRST: tl.constexpr, WIDTH: tl.constexpr,
 
 @triton.jit
 def _keys_seen(starts_ptr, m0, T, BM: tl.constexpr, BN: tl.constexpr):
-    """What queries m0 to m0 + BM see: `tiles` tiles of keys from the key `first` on. `full` of
-    them, from the tile `before` on, are seen whole by each query and need no mask."""
+    """What queries m0 to m0 + BM see: `tiles` tiles of keys from the key `first` on. Each query
+    sees the first `full` of them whole: they need no mask."""
     end = tl.minimum(m0 + BM, T)
     first = tl.load(starts_ptr + m0).to(tl.int32)
-    last_start = tl.load(starts_ptr + end - 1).to(tl.int32)
-    tiles = tl.cdiv(end - first, BN)
-    before = tl.cdiv(last_start - first, BN)
-    full = tl.maximum((m0 + 1 - first) // BN - before, 0)
-    return first, tiles, before, full
+    one_document = tl.load(starts_ptr + end - 1) == first
+    full = tl.where(one_document, (m0 + 1 - first) // BN, 0)
+    return first, tl.cdiv(end - first, BN), full
 
 
 @triton.jit
@@ -121,10 +119,10 @@ def _forward(
     sum_M = tl.zeros([BM], tl.float32)
     acc_MU = tl.zeros([BM, BU], tl.float32)
 
-    first, tiles, before, full = _keys_seen(starts_ptr, m0, T, BM, BN)
-    for MASKED in tl.static_range(2):  # the full tiles, then those before and after them
-        for i in range(tiles - full if MASKED else full):
-            n0 = first + (i + full * (i >= before) if MASKED else i + before) * BN
+    first, tiles, full = _keys_seen(starts_ptr, m0, T, BM, BN)
+    for MASKED in tl.static_range(2):  # the full tiles, then the rest
+        for i in range(full if MASKED else 0, tiles if MASKED else full):
+            n0 = first + i * BN
             k_NK = _load(k_ptr, n0, k_strides[1], T, 0, K, BN, MAIN, MASKED)
             scores_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
             if REST:
@@ -134,6 +132,7 @@ def _forward(
                 n = n0 + tl.arange(0, BN)[None, :]
                 seen_MN = (start_M[:, None] <= n) & (n <= m[:, None])
                 scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
+            # scale2 is positive, so the largest score stays the largest.
             new_max_M = tl.maximum(max_M, tl.max(scores_MN, 1) * scale2)
             probs_MN = tl.exp2(scores_MN * scale2 - new_max_M[:, None])
             shrink_M = tl.exp2(max_M - new_max_M)
@@ -174,10 +173,10 @@ def _backward_q(
     dq_MK = tl.zeros([BM, MAIN], tl.float32)
     dq_MR = tl.zeros([BM, REST if REST else 16], tl.float32)
 
-    first, tiles, before, full = _keys_seen(starts_ptr, m0, T, BM, BN)
+    first, tiles, full = _keys_seen(starts_ptr, m0, T, BM, BN)
     for MASKED in tl.static_range(2):
-        for i in range(tiles - full if MASKED else full):
-            n0 = first + (i + full * (i >= before) if MASKED else i + before) * BN
+        for i in range(full if MASKED else 0, tiles if MASKED else full):
+            n0 = first + i * BN
             k_NK = _load(k_ptr, n0, k_strides[1], T, 0, K, BN, MAIN, MASKED)
             scores_MN = tl.dot(q_MK, tl.trans(k_NK), input_precision=PRECISION)
             if REST:
@@ -221,7 +220,8 @@ def _backward_kv(
     dk_NR = tl.zeros([BN, REST if REST else 16], tl.float32)
     dv_NU = tl.zeros([BN, BU], tl.float32)
 
-    # As in _keys_seen: `tiles` tiles of queries from n0 on see a key; `full` of them see each.
+    # `tiles` tiles of queries, from n0 on, see some of these keys. `full` of them, from the tile
+    # `before` on, see each key: no mask. Those before have keys to come, those after lost some.
     n = n0 + tl.arange(0, BN)
     end_N = tl.load(ends_ptr + n, mask=n < T, other=0)
     last = tl.minimum(n0 + BN, T) - 1
@@ -272,13 +272,13 @@ TILES = {
     80: {
         2: [
             (128, (128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3)),
-            (256, (128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+            (256, (128, 32, 8, 3), (64, 64, 8, 2), (32, 64, 8, 3)),
             (320, (64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2)),
             (512, (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
         ],
         4: [
-            (320, (32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-            (512, (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
+            (320, (32, 32, 8, 1), (32, 16, 8, 2), (16, 32, 8, 2)),
+            (512, (16, 16, 8, 1), (16, 16, 4, 2), (16, 16, 8, 2)),
         ],
     },
     90: {
@@ -289,13 +289,13 @@ TILES = {
             (512, (128, 32, 8, 3), (64, 32, 8, 2), (32, 32, 8, 2)),
         ],
         4: [
-            (320, (32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
-            (512, (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)),
+            (320, (32, 32, 8, 1), (32, 16, 8, 2), (16, 32, 8, 2)),
+            (512, (16, 16, 8, 1), (16, 16, 4, 2), (16, 16, 8, 2)),
         ],
     },
 }
 TILES[0][2] = TILES[0][4]
-TILES[89] = TILES[80]  # chosen small enough for both
+TILES[89] = TILES[80]  # tiles that fit both
 
 
 def _tiles(kernel: int, q: Tensor, v: Tensor) -> dict:
@@ -370,9 +370,7 @@ def attention_backward(
 
 # ---- the operator --------------------------------------------------------------------------------
 
-_attention = torch.library.custom_op(
-    "nanor1::attention", attention_forward, mutates_args=()
-)
+_attention = torch.library.custom_op("nanor1::attention", attention_forward, mutates_args=())
 _attention_backward = torch.library.custom_op(
     "nanor1::attention_backward", attention_backward, mutates_args=()
 )
@@ -430,7 +428,8 @@ def attention(
         starts_BT.shape != (B, T) or starts_BT.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(
-            f"starts_BT {tuple(starts_BT.shape)} {starts_BT.dtype}: must be {(B, T)}, int32 or int64"
+            f"starts_BT {tuple(starts_BT.shape)} {starts_BT.dtype}: must be {(B, T)}, and int32 or"
+            " int64"
         )
     if not use_triton(q_BTHK):
         return attention_reference(q_BTHK, k_BTJK, v_BTJU, scale, starts_BT)

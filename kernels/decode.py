@@ -26,6 +26,7 @@ Read next: ../sample.py, which fills the cache.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import arch, full, precision, tl, triton, use_triton
@@ -44,15 +45,17 @@ def reference(
     unseen_BS = torch.arange(S, device=q_BHK.device) >= lengths_B[:, None]
     if table_BP is not None:  # a page's rest may hold anything, and 0 x NaN is NaN; it is our copy
         cache_BSX.masked_fill_(unseen_BS[..., None], 0)
-    outs = []
-    # One key head at a time, and matmul: einsum, or a product over all heads, copies the cache.
-    for j, q_BgK in enumerate(q_BHK.chunk(J, 1)):
-        k_BSK = cache_BSX[..., j * K : (j + 1) * K]
-        v_BSC = cache_BSX[..., values_at + j * C : values_at + (j + 1) * C]
-        scores_BgS = full(q_BgK @ k_BSK.transpose(1, 2) * scale)
-        probs_BgS = scores_BgS.masked_fill_(unseen_BS[:, None], float("-inf")).softmax(-1)
-        outs.append(probs_BgS.to(q_BHK.dtype) @ v_BSC)
-    return torch.cat(outs, 1)
+    if C == K:  # GQA: torch's own kernel, with a group's heads in the place of positions
+        k_BJSK = cache_BSX[..., : J * K].unflatten(-1, (J, K)).transpose(1, 2)
+        v_BJSK = cache_BSX[..., values_at:].unflatten(-1, (J, K)).transpose(1, 2)
+        seen_B11S = ~unseen_BS[:, None, None]
+        return F.scaled_dot_product_attention(
+            q_BHK.unflatten(1, (J, -1)), k_BJSK, v_BJSK, attn_mask=seen_B11S, scale=scale
+        ).flatten(1, 2)
+    # MLA. bmm: einsum takes longer to set up, and torch's kernel to handle a value that is narrower.
+    scores_BHS = full(torch.bmm(q_BHK * scale, cache_BSX.transpose(1, 2)))
+    probs_BHS = scores_BHS.masked_fill_(unseen_BS[:, None], float("-inf")).softmax(-1)
+    return torch.bmm(probs_BHS.to(q_BHK.dtype), cache_BSX[..., :C])
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def _merge(
     h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     written = tl.cdiv(tl.load(lengths_ptr + b).to(tl.int32), G)  # the other splits ended at once
-    m, l = float("-inf"), 0.0  # noqa: E741
+    m, l = float("-inf"), 0.0
     acc_C = tl.zeros([BLOCK_C], tl.float32)
     for start in range(0, written, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
@@ -136,19 +139,20 @@ def _merge(
         part_IC = tl.load(part_ptr + part_I[:, None] * C + c[None, :], mask=mask_IC, other=0.0)
         new = tl.maximum(m, tl.max(lse_I))
         weight_I, shrink = tl.exp2(lse_I - new), tl.exp2(m - new)
-        m, l = new, l * shrink + tl.sum(weight_I)  # noqa: E741
+        m, l = new, l * shrink + tl.sum(weight_I)
         acc_C = acc_C * shrink + tl.sum(weight_I[:, None] * part_IC, 0)
     tl.store(out_ptr + (b * H + h) * C + c, (acc_C / l).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 # arch -> kind -> (heads M, keys N in a tile, keys G in a split, warps, stages). A latent of 512
 # leaves less room than a head's 128 numbers; "many" is a latent under 64 heads or more.
-FP32 = dict(gqa_fp32=(16, 32, 256, 8, 3), mla_fp32=(16, 16, 512, 8, 3))
+GQA = {"gqa": (16, 64, 256, 4, 3)}
+FP32 = {"gqa_fp32": (16, 32, 256, 8, 3), "mla_fp32": (16, 16, 512, 8, 3)}
 TILES = {
-    0: dict.fromkeys(("gqa", "mla", "many", *FP32), (16, 16, 32, 4, 3)),
-    80: dict(gqa=(16, 64, 256, 4, 3), mla=(16, 32, 512, 4, 3), many=(32, 32, 1024, 8, 3), **FP32),
-    89: dict(gqa=(16, 64, 256, 4, 3), mla=(16, 32, 512, 4, 3), many=(32, 16, 1024, 8, 3), **FP32),
-    90: dict(gqa=(16, 64, 256, 4, 3), mla=(16, 64, 512, 8, 3), many=(64, 32, 1024, 8, 3), **FP32),
+    0: dict.fromkeys(("mla", "many", *GQA, *FP32), (16, 16, 32, 4, 3)),
+    80: {"mla": (16, 32, 512, 4, 3), "many": (32, 32, 1024, 8, 3), **GQA, **FP32},
+    89: {"mla": (16, 32, 512, 4, 3), "many": (32, 16, 1024, 8, 3), **GQA, **FP32},
+    90: {"mla": (16, 64, 512, 8, 3), "many": (64, 32, 1024, 8, 3), **GQA, **FP32},
 }
 
 
@@ -156,7 +160,7 @@ def tiles(q_BHK: Tensor, C: int, heads: int) -> tuple[int, ...]:
     """The row of the table for `heads` query heads on one key head, and values of C numbers."""
     small, fp32 = C <= 256, q_BHK.dtype == torch.float32
     kind = "gqa" if small else "many" if heads >= 64 and not fp32 else "mla"
-    return TILES[arch()][kind + "_fp32" * fp32]
+    return TILES[arch()][kind + ("_fp32" if fp32 else "")]
 
 
 def launch(
@@ -169,7 +173,7 @@ def launch(
     M, N, G, warps, stages = tiles(q_BHK, C, heads)
     stages -= not paged  # with a table the first stage loads its entries, a step ahead of the keys
     P, blocks = table_BP.shape[1] if paged else 1, triton.cdiv(heads, M)
-    I = triton.cdiv(P * Y, G)  # noqa: E741
+    I = triton.cdiv(P * Y, G)
     lengths_B = lengths_B.contiguous()
     out_BHC = q_BHK.new_empty(B, H, C)
     # A single split's part is the result, and is written where the result goes.

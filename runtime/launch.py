@@ -60,6 +60,19 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def usable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype, or fp16 in place of bf16 on a GPU that has none, with a line that says so."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
+        return dtype
+    instead = torch.float16 if dtype == torch.bfloat16 else dtype
+    if parallel.is_main():
+        print(
+            f"{torch.cuda.get_device_name(device)} has no bf16: torch's own functions run in place"
+            f" of the Triton kernels, in {str(instead).removeprefix('torch.')}"
+        )
+    return instead
+
+
 def launch(
     main: Callable[[Any], None], config: Any, user_errors: tuple[type[Exception], ...] = ()
 ) -> None:

@@ -32,10 +32,12 @@ from tqdm import tqdm
 from runtime import parallel
 from runtime.checkpoint import latest, load_state, save_state
 from runtime.flags import UserError, flag, parse
-from runtime.launch import Diverged, ask_to_stop, check_finite, launch, pick_device, stop
+from runtime.launch import (
+    Diverged, ask_to_stop, check_finite, launch, pick_device, stop, usable_dtype,
+)  # fmt: skip
 
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
-           "progress"]  # fmt: skip
+           "progress", "usable_dtype"]  # fmt: skip
 
 FREE_TO_CHANGE = ("out", "resume", "device", "threads")  # on --resume
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal

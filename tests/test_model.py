@@ -201,12 +201,13 @@ def test_absorbed_attention_equals_naive(name):
     x_BTD = torch.randn(3, T, config.hidden_size, dtype=torch.float64)
     positions_BT = torch.arange(T).expand(3, T)
     rows = model.rows(positions_BT, None)
-    q_BTHk, latent_BTC, rope_BTR = mla.project(x_BTD, rows)
-    naive = mla.naive(q_BTHk, latent_BTC, rope_BTR, None)
+    q_BTHK, q_BTHR, latent_BTC, rope_BTR = mla.project(x_BTD, rows)
+    naive = mla.naive(q_BTHK, q_BTHR, latent_BTC, rope_BTR, None)
     cache_BSX = torch.cat((latent_BTC, rope_BTR), -1)
     for t in range(T):
         here = model.cached_rows(positions_BT[:, t : t + 1], T, None)
-        close(mla.absorbed(q_BTHk[:, t : t + 1], cache_BSX, here)[:, 0], naive[:, t])
+        q = q_BTHK[:, t : t + 1], q_BTHR[:, t : t + 1]
+        close(mla.absorbed(*q, cache_BSX, here)[:, 0], naive[:, t])
 
 
 @torch.no_grad()
@@ -681,6 +682,23 @@ def test_experts_equal_a_loop_and_unused_ones_get_no_gradient(used, dtype, toler
     assert unused or len(used) == 6
     for grad_EFD in results[0][3:]:
         assert (grad_EFD[unused] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("used", [range(6), [3], [2, 5]], ids=str)
+def test_all_experts_at_once_equal_a_loop_over_those_selected(used):
+    """The form for sampling on a CPU, which `forward` takes by itself there."""
+    torch.manual_seed(0)
+    experts = Experts(6, 8, 12).double()
+    randomize(experts)
+    x_ND = torch.randn(9, 8, dtype=torch.float64)
+    A = min(2, len(used))
+    experts_NA = torch.stack([torch.tensor(used)[torch.randperm(len(used))[:A]] for _ in range(9)])
+    weights_NA = torch.rand(9, A, dtype=torch.float64)
+    expected = experts_by_hand(experts, x_ND, weights_NA, experts_NA)
+    close(experts.all_experts(x_ND, weights_NA, experts_NA), expected)
+    close(experts(x_ND, weights_NA, experts_NA), expected)
+    close(experts(x_ND.repeat(8, 1), weights_NA.repeat(8, 1), experts_NA.repeat(8, 1))[-9:], expected)
 
 
 @torch.no_grad()
