@@ -192,6 +192,11 @@ class Routing(NamedTuple):
     scores_BTE: Tensor
 
 
+def chosen_experts(routings: list[Routing]) -> Tensor:
+    """BTMA, the experts of all MoE layers."""
+    return torch.stack([routing.experts_BTA for routing in routings], 2).to(torch.int16)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float):
         super().__init__()

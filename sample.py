@@ -1,11 +1,12 @@
 """Sampling: the rollouts of RL, the evaluation of the paper (section 3), and a command to ask.
 
-`generate` is the engine. Each of its `slots` writes one output; a prompt is prefilled once for all
-its outputs; as soon as an output ends, its slot goes to the next request. The cache is in pages,
-which a slot gets as it grows and gives back when it ends. A step is recorded and played back, on a
-GPU as two CUDA graphs (draw a token in every slot; feed it), so that Python is not in the way. The random
-numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours, the
-number of slots or of processes (but for rounding, where two tokens are equally likely).
+`generate` is the engine. Each of its slots writes one output; a prompt is prefilled once for all its
+outputs; as soon as an output ends, its slot goes to the next request (continuous batching). The
+random numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours,
+the number of slots or of processes (but for rounding, where two tokens are equally likely).
+
+Two things make it fast and are no part of the method: the cache in pages (runtime/pages.py), and
+steps that are recorded and played back (runtime/record.py; a CUDA graph on a GPU).
 
     python sample.py --model runs/zero/model                       one question a line
     python sample.py --model runs/zero/model --prompt "compute 7 a +5 b *3 ?"
@@ -18,7 +19,6 @@ import codecs
 import math
 import operator
 import sys
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,16 +30,18 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import rewards
 from data.problems import Problem, load
 from data.prompts import build_prompt
 from data.tokenizer import Tokenizer
 from kernels import full
-from model import Transformer
+from model import Transformer, chosen_experts
 from runtime import parallel
+from runtime.pages import Pages
 from runtime.pretrained import load_pretrained
+from runtime.record import Captured, Recorded, Step
 from runtime.run import UserError, flag, launch, parse, pick_device, progress, usable_dtype
 
 
@@ -83,168 +85,6 @@ def choose(
 def random_stream(seed: int, row: int, length: int) -> np.ndarray:
     """The uniform numbers in [0, 1) that one row consumes, one for each token."""
     return np.random.Generator(np.random.Philox(key=[seed, row])).random(length)
-
-
-class Pages:
-    """The cache, and which of its pages each slot has. A slot's first page is its own for good; the
-    others come from a common pool. Where one page is room enough for a row, there is no table, and
-    the rows are read in place."""
-
-    def __init__(self, model: Transformer, slots: int, width: int, page: int, tokens: int):
-        device = model.lm_head.weight.device
-        self.model, self.on_gpu = model, device.type == "cuda"
-        self.Y = min(width, page or (64 if self.on_gpu else 256))
-        self.P = -(-width // self.Y)  # pages of the longest row
-        most = tokens // self.Y if tokens else self.fitting() if self.on_gpu else slots * self.P
-        self.most = min(most, slots * self.P)
-        self.slots = min(slots, self.most - self.P + 1)
-        if self.slots < 1:
-            raise ValueError(
-                f"a cache of {most * self.Y} tokens has no room for an output of {width} tokens:"
-                " a smaller max_new_tokens, or a larger cache_tokens"
-            )
-        # A GPU's pages stay where they are, for the CUDA graphs. Elsewhere they grow on demand.
-        self.cache_MZYX = model.new_cache(self.most if self.on_gpu else self.slots, self.Y)
-        self.free = list(range(self.slots, self.cache_MZYX.shape[1]))
-        self.owned = [[slot] for slot in range(self.slots)]
-        self.table_BP = None
-        if self.P > 1:
-            self.table_BP = torch.zeros(self.slots, self.P, dtype=torch.int32, device=device)
-            self.table_BP[:, 0] = torch.arange(self.slots)
-
-    def fitting(self) -> int:
-        """As many pages as fill four fifths of the GPU's free memory."""
-        one = self.model.new_cache(1, self.Y)
-        return torch.cuda.mem_get_info(one.device)[0] * 4 // 5 // (one.numel() * one.element_size())
-
-    def reserve(self, slot: int, length: int) -> bool:
-        """Make room for so many tokens in the slot; False where no page is left."""
-        owned = self.owned[slot]
-        while len(owned) * self.Y < length:
-            if not self.free and not self.grow():
-                return False
-            owned.append(self.free.pop())
-            self.table_BP[slot, len(owned) - 1] = owned[-1]
-        return True
-
-    def grow(self) -> bool:
-        old_MZYX, Z = self.cache_MZYX, self.cache_MZYX.shape[1]
-        if Z == self.most:
-            return False
-        self.cache_MZYX = self.model.new_cache(min(2 * Z, self.most), self.Y)
-        self.cache_MZYX[:, :Z] = old_MZYX
-        self.free += range(Z, self.cache_MZYX.shape[1])
-        return True
-
-    def release(self, slot: int) -> None:
-        self.free += self.owned[slot][1:]
-        del self.owned[slot][1:]
-
-    def write(self, slots: list[int], cache_MSX: Tensor) -> None:
-        """Put the same entries at the start of each slot, where room has been made for them."""
-        if self.table_BP is None:
-            for slot in slots:
-                self.cache_MZYX[:, slot, : cache_MSX.shape[1]] = cache_MSX
-            return
-        place_S = torch.arange(cache_MSX.shape[1], device=cache_MSX.device)
-        page_GS = torch.tensor([self.owned[slot] for slot in slots])[:, place_S.cpu() // self.Y]
-        pages_GS = page_GS.to(place_S.device)
-        self.cache_MZYX[:, pages_GS, place_S % self.Y] = cache_MSX.unsqueeze(1)
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop all other slots."""
-        if self.table_BP is None:  # the rows must stay in order
-            self.cache_MZYX = self.cache_MZYX[:, slots]
-            self.owned = [[slot] for slot in range(len(slots))]
-        else:
-            for slot in set(range(len(self.owned))) - set(slots):
-                self.free += self.owned[slot]
-            self.table_BP = self.table_BP[slots]
-            self.owned = [self.owned[slot] for slot in slots]
-
-    def filled(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """The cache, or as much of it as rows of up to `length` tokens fill, and the table. A CUDA
-        graph reads the same tensors each time: on a GPU it is the whole."""
-        if self.on_gpu:
-            return self.cache_MZYX, self.table_BP
-        if self.table_BP is None:  # in steps of 32 so that shapes repeat
-            return self.cache_MZYX[:, :, : -(-length // 32) * 32], None
-        return self.cache_MZYX, self.table_BP[:, : -(-length // self.Y)]
-
-
-class Captured:
-    """A function of tensors that stay in place: on a GPU recorded as a CUDA graph and replayed, in
-    one launch, from its second call on. The first call compiles and warms up what is recorded."""
-
-    def __init__(self, function: Callable[[], None], on_gpu: bool):
-        self.function, self.on_gpu, self.warm, self.graph = function, on_gpu, False, None
-
-    def __call__(self) -> None:
-        if not (self.on_gpu and self.warm):
-            self.warm = True
-            return self.function()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.function()
-        self.graph.replay()
-
-
-class Step(nn.Module):
-    """One token in, the logits of the next one out, and the experts it went to if they are wanted:
-    BV, BMA."""
-
-    def __init__(self, model: Transformer, routes: bool):
-        super().__init__()
-        self.model, self.routes = model, routes
-
-    def forward(self, tokens_B: Tensor, position_B: Tensor, cache: Tensor, table=None):
-        hidden_B1D, routings = self.model.hidden(
-            tokens_B[:, None], position_B[:, None], cache_MZYX=cache, table_BP=table
-        )
-        logits_BV = self.model.lm_head(hidden_B1D[:, 0])
-        return (logits_BV, chosen_experts(routings)[:, 0]) if self.routes else (logits_BV,)
-
-
-class Recorded:
-    """A Step on the CPU, where half of a small model's time is Python: recorded (torch.jit.trace)
-    when a shape comes often, and played back from then on. The weights are the model's own, by
-    reference. torch.compile would fuse more, and takes a minute (LOG.md)."""
-
-    OFTEN = 8
-    last: "Recorded | None" = None
-
-    def __init__(self, step: Step):
-        self.step, self.weights = step, [id(weight) for weight in step.parameters()]
-        self.calls: Counter = Counter()
-        self.recordings: dict[tuple, Callable] = {}
-
-    @classmethod
-    def of(cls, model: Transformer, routes: bool) -> "Recorded":
-        """The recordings of the last call of `generate`, if it had the same model."""
-        step = Step(model, routes)
-        same = cls.last is not None and cls.last.step.model is model
-        weights = [id(weight) for weight in step.parameters()]
-        if not same or cls.last.step.routes != routes or cls.last.weights != weights:
-            cls.last = cls(step)
-        return cls.last
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        key = tuple((x.shape, x.dtype) for x in inputs)
-        self.calls[key] += 1
-        if self.calls[key] <= self.OFTEN:
-            return self.step(*inputs)
-        if self.calls[key] == self.OFTEN + 1:
-            with warnings.catch_warnings(), torch.jit.optimized_execution(False):
-                warnings.simplefilter("ignore")  # that it is deprecated; of each shape it fixes
-                self.recordings[key] = torch.jit.trace(self.step, inputs, check_trace=False)
-        elif self.calls[key] == self.OFTEN + 2:
-            # A recording has only what happened: it must be right for other data too.
-            right, played = self.step(*inputs), self.recordings[key](*inputs)
-            if not all(map(torch.equal, right, played)):
-                self.recordings[key] = self.step
-            return right
-        return self.recordings[key](*inputs)
 
 
 class Slots:
@@ -409,11 +249,6 @@ def prefill(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> list[Pref
         )
         for b, n in enumerate(lengths.tolist())
     ]
-
-
-def chosen_experts(routings: list) -> Tensor:
-    """BTMA, the experts of all MoE layers."""
-    return torch.stack([routing.experts_BTA for routing in routings], 2).to(torch.int16)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from runtime.pretrained import load_pretrained, save_pretrained
+from runtime.record import Recorded, Step
 from runtime.run import UserError, launch, parse
 from sample import Output, choose, evaluate, generate, judge_group, spell, summarize, table
 
@@ -457,6 +458,48 @@ def test_a_step_can_be_captured_as_a_cuda_graph(config, page, monkeypatch):
     monkeypatch.setattr(sample.Captured, "__call__", call)
     assert_same(generate(model, PROMPTS, page=page, slots=4, **settings), expected)
     assert len(replays) > 20
+
+
+
+def step_inputs(model: Transformer, rows: int, at: int) -> tuple[torch.Tensor, ...]:
+    tokens_B = torch.arange(rows) % V
+    return tokens_B, torch.full((rows,), at), model.new_cache(rows, 32).normal_()
+
+
+@every_config
+@torch.no_grad()
+def test_a_recorded_step_equals_the_step_and_follows_the_weights(config):
+    model = build(config, dtype=torch.float32)
+    recorded = Recorded.of(model, routes=config.is_moe)
+    assert Recorded.of(model, routes=config.is_moe) is recorded
+    for call in range(14):
+        inputs = step_inputs(model, 4, at=call + 2)
+        again = [x.clone() for x in inputs]
+        for got, expected in zip(recorded(*inputs), recorded.step(*again), strict=True):
+            assert torch.equal(got, expected)
+        if call > 8:  # the optimizer changes weights in place
+            model.lm_head.weight.mul_(1.1)
+            model.model.layers[1].self_attn.o_proj.weight.mul_(1.1)
+    [recording] = recorded.recordings.values()
+    assert isinstance(recording, torch.jit.ScriptModule)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    assert Recorded.of(model, routes=config.is_moe) is not recorded, "it has the old weight"
+
+
+@torch.no_grad()
+def test_a_step_that_depends_on_its_data_is_not_played_back(deepseek):
+    class Fickle(Step):
+        def forward(self, tokens_B, *rest):
+            (logits_BV,) = super().forward(tokens_B, *rest)
+            return (logits_BV * int(tokens_B.sum()),)
+
+    recorded = Recorded(Fickle(deepseek, routes=False))
+    for call in range(16):
+        tokens_B, *rest = step_inputs(deepseek, 3, at=call)
+        tokens_B += call % 5
+        again = [x.clone() for x in rest]
+        assert torch.equal(recorded(tokens_B, *rest)[0], recorded.step(tokens_B, *again)[0])
+    assert list(recorded.recordings.values()) == [recorded.step]
 
 
 # ---- prompts ---------------------------------------------------------------------------
