@@ -53,14 +53,14 @@ class Step(nn.Module):
 
 class Recorded:
     """A Step on the CPU, where half of a small model's time is Python: recorded (torch.jit.trace)
-    when a shape comes often, and played back from then on. The weights are the model's own, by
+    once a shape has come often, and played back from then on. The weights are the model's own, by
     reference. torch.compile would fuse more, and takes a minute (LOG.md)."""
 
-    OFTEN = 8
+    OFTEN = 64  # calls: recording takes as long as it saves in about so many
     last: "Recorded | None" = None
 
     def __init__(self, step: Step):
-        self.step, self.weights = step, [id(weight) for weight in step.parameters()]
+        self.step, self.tensors = step, tensors_of(step)
         self.calls: Counter = Counter()
         self.recordings: dict[tuple, Callable] = {}
 
@@ -68,9 +68,8 @@ class Recorded:
     def of(cls, model: Transformer, routes: bool) -> "Recorded":
         """The recordings of the last call of `generate`, if it had the same model."""
         step = Step(model, routes)
-        same = cls.last is not None and cls.last.step.model is model
-        weights = [id(weight) for weight in step.parameters()]
-        if not same or cls.last.step.routes != routes or cls.last.weights != weights:
+        last = cls.last and (cls.last.step.model, cls.last.step.routes, cls.last.tensors)
+        if last != (model, routes, tensors_of(step)):
             cls.last = cls(step)
         return cls.last
 
@@ -80,9 +79,7 @@ class Recorded:
         if self.calls[key] <= self.OFTEN:
             return self.step(*inputs)
         if self.calls[key] == self.OFTEN + 1:
-            with warnings.catch_warnings(), torch.jit.optimized_execution(False):
-                warnings.simplefilter("ignore")  # that it is deprecated; of each shape it fixes
-                self.recordings[key] = torch.jit.trace(self.step, inputs, check_trace=False)
+            self.recordings[key] = record(self.step, inputs)
         elif self.calls[key] == self.OFTEN + 2:
             # A recording has only what happened: it must be right for other data too.
             right, played = self.step(*inputs), self.recordings[key](*inputs)
@@ -90,3 +87,18 @@ class Recorded:
                 self.recordings[key] = self.step
             return right
         return self.recordings[key](*inputs)
+
+
+def tensors_of(step: Step) -> list[int]:
+    """A recording has these tensors: it is right as long as the model does."""
+    return [id(tensor) for tensor in (*step.parameters(), *step.buffers())]
+
+
+def record(step: Step, inputs: tuple[Tensor, ...]) -> Callable:
+    """The recording, or the step itself where it can't be recorded."""
+    with warnings.catch_warnings(), torch.jit.optimized_execution(False):
+        warnings.simplefilter("ignore")  # that it is deprecated; each shape that it fixes
+        try:
+            return torch.jit.trace(step, inputs, check_trace=False)
+        except RuntimeError:
+            return step

@@ -992,3 +992,10 @@ def test_unknown_presets_and_model_types_are_refused_with_those_there_are():
         Config.preset("tiny")
     with pytest.raises(ValueError, match="'gpt2'.*deepseek_v3, qwen2, qwen3, llama"):
         Config.from_dict(dict(model_type="gpt2"))
+
+
+def test_config_json_has_no_head_dim_where_none_is_given():
+    """transformers would take null for a value."""
+    assert "head_dim" not in CONFIGS["qwen2"].to_dict()
+    assert replace(CONFIGS["qwen2"], head_dim=8).to_dict()["head_dim"] == 8
+    assert Config.from_dict(CONFIGS["qwen2"].to_dict()) == CONFIGS["qwen2"]

@@ -8,7 +8,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_each_equation_has_its_code_and_its_test():
-    row = r"^\| .+ \| `(\w+\.py)` `(\w+)` \| `(test_\w+\.py)` `(\w+)` \|$"
+    row = r"^\| .+ \| `([\w/]+\.py)` `(\w+)` \| `([\w/]+\.py)` `(\w+)` \|$"
     rows = re.findall(row, README, re.M)
     assert len(rows) >= 12
     for file, name, test_file, test in rows:

@@ -29,6 +29,7 @@ from runtime.run import (
     launch,
     parse,
     pick_device,
+    usable_dtype,
     progress,
 )  # fmt: skip
 
@@ -377,6 +378,22 @@ def test_a_device_that_cannot_be_used_is_refused_with_those_that_can():
     with pytest.raises(UserError, match="--device cuda:99 can't be used"):
         pick_device("cuda:99")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_gpu_without_bf16_gets_fp16_and_a_line_that_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert usable_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    assert not capsys.readouterr().out
+    assert usable_dtype(torch.bfloat16, gpu) == torch.float16
+    said = capsys.readouterr().out
+    assert "Tesla T4 has no bf16" in said and "in float16" in said
+    assert usable_dtype(torch.float32, gpu) == torch.float32
+    assert "in float32" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert usable_dtype(torch.bfloat16, gpu) == torch.bfloat16
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -468,8 +468,9 @@ def step_inputs(model: Transformer, rows: int, at: int) -> tuple[torch.Tensor, .
 
 @every_config
 @torch.no_grad()
-def test_a_recorded_step_equals_the_step_and_follows_the_weights(config):
+def test_a_recorded_step_equals_the_step_and_follows_the_weights(config, monkeypatch):
     model = build(config, dtype=torch.float32)
+    monkeypatch.setattr(Recorded, "OFTEN", 8)
     recorded = Recorded.of(model, routes=config.is_moe)
     assert Recorded.of(model, routes=config.is_moe) is recorded
     for call in range(14):
@@ -487,7 +488,9 @@ def test_a_recorded_step_equals_the_step_and_follows_the_weights(config):
 
 
 @torch.no_grad()
-def test_a_step_that_depends_on_its_data_is_not_played_back(deepseek):
+def test_a_step_that_depends_on_its_data_is_not_played_back(deepseek, monkeypatch):
+    monkeypatch.setattr(Recorded, "OFTEN", 8)
+
     class Fickle(Step):
         def forward(self, tokens_B, *rest):
             (logits_BV,) = super().forward(tokens_B, *rest)
