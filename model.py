@@ -460,8 +460,10 @@ class Experts(nn.Module):
         experts_E = torch.arange(E, device=flat_W.device)
         ends_E = torch.searchsorted(flat_W[order_W], experts_E, right=True)
         token_W = order_W // A
-        out_WD = self.grouped(x_ND, ends_E, token_W) * weights_NA.flatten()[order_W, None]
-        return torch.zeros_like(x_ND).index_add(0, token_W, out_WD)
+        out_WD = self.grouped(x_ND, ends_E, token_W)
+        # Each token's A copies, put side by side again; no two programs add to the same number.
+        out_NAD = out_WD.index_select(0, order_W.argsort()).unflatten(0, (N, A))
+        return (out_NAD * weights_NA.unsqueeze(-1)).sum(1)
 
     def grouped(self, x_ND: Tensor, ends_E: Tensor, token_W: Tensor) -> Tensor:
         hidden_WF = kernels.grouped_swiglu(x_ND, self.gate_proj, self.up_proj, ends_E, token_W)

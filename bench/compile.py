@@ -93,13 +93,15 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return int(registers), int(stack)
 
 
 def compile_case(launch: Callable[[], object], arch: int) -> list[Compiled]:
-    """Every kernel that a launcher launches, compiled for `arch`."""
+    """Every kernel that a launcher launches, compiled for `arch`; once, if it is launched often."""
     launched: list[CompiledKernel] = []
     run = CompiledKernel.run
 
@@ -118,12 +120,25 @@ def compile_case(launch: Callable[[], object], arch: int) -> list[Compiled]:
             kernel.name, arch, kernel.n_regs, kernel.n_spills, kernel.metadata.shared,
             kernel.metadata.num_warps, "wgmma.mma_async" in kernel.asm["ptx"],
         )
-        for kernel in launched
+        for kernel in {id(kernel): kernel for kernel in launched}.values()
     ]  # fmt: skip
 
 
 def meta(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def tf32(launch: Callable[[], object]) -> Callable[[], None]:
+    """The same launch where torch, and so the kernels, may multiply fp32 as TF32."""
+
+    def allowed() -> None:
+        torch.set_float32_matmul_precision("high")
+        try:
+            launch()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return allowed
 
 
 # ---- the cases: (name, a function that launches) -------------------------------------------------
@@ -172,6 +187,8 @@ def attention_cases() -> Iterator[tuple[str, Callable]]:
         yield name, lambda sizes=sizes: case(*sizes, bf16)
     yield "Qwen2.5-7B, fp32", lambda: case(1, 4096, 28, 4, 128, 128, f32)
     yield "R1, fp32", lambda: case(1, 4096, 128, 128, 192, 128, f32)
+    yield "16 heads of 256, fp32", lambda: case(1, 4096, 16, 16, 256, 256, f32)
+    yield "R1, fp32 as TF32", tf32(lambda: case(1, 4096, 128, 128, 192, 128, f32))
 
 
 def decode_cases() -> Iterator[tuple[str, Callable]]:
@@ -193,6 +210,7 @@ def decode_cases() -> Iterator[tuple[str, Callable]]:
     yield "Qwen", case(28, 4, 128, 128, 1024)
     yield "Qwen, no table", case(28, 4, 128, 128, 1024, table=False)
     yield "Qwen, fp32", case(28, 4, 128, 128, 1024, dtype=f32)
+    yield "R1, 16 heads, fp32 as TF32", tf32(case(16, 1, 576, 512, 576, dtype=f32))
 
 
 def expert_cases() -> Iterator[tuple[str, Callable]]:
@@ -220,6 +238,8 @@ def expert_cases() -> Iterator[tuple[str, Callable]]:
     yield from ((name, launch) for name, launch in shard if name.endswith((" swiglu", " down")))
     yield from case("Moonlight", E=64, D=2048, F=1408, A=6)
     yield from case("Moonlight fp32", E=64, D=2048, F=1408, A=6, dtype=f32)
+    as_tf32 = case("Moonlight fp32 as TF32", E=64, D=2048, F=1408, A=6, dtype=f32)
+    yield from ((name, tf32(launch)) for name, launch in as_tf32)
 
 
 def logprob_cases() -> Iterator[tuple[str, Callable]]:
@@ -235,6 +255,7 @@ def logprob_cases() -> Iterator[tuple[str, Callable]]:
     yield "Qwen2.5-7B", lambda: both(16384, 3584, 152064, bf16)
     yield "Qwen2.5-1.5B, odd N", lambda: both(16383, 1536, 151936, bf16)
     yield "Qwen2.5-1.5B, fp32", lambda: both(16384, 1536, 151936, f32)
+    yield "Qwen2.5-1.5B, fp32 as TF32", tf32(lambda: both(16384, 1536, 151936, f32))
 
 
 def fp8_cases() -> Iterator[tuple[str, Callable]]:

@@ -20,8 +20,9 @@ exponentials, lse = m + log l, from which any tile of P can be made again: P = e
 The backward pass is two kernels, one that owns queries and passes over keys (dQ) and one that owns
 keys and passes over queries (dK, dV): scores are made twice, but no two programs add to one number,
 so the result is the same every time. Documents are intervals, so what a tile sees is an interval
-too: tiles outside it are never loaded, those inside it need no mask. Exponentials are powers of
-two, which is what GPUs compute: e^x = 2^(x log2 e), and lse is kept in base 2 as well.
+too: tiles outside it are never loaded, and those that each query of a tile sees whole need no mask.
+Exponentials are powers of two, which is what GPUs compute: e^x = 2^(x log2 e); lse is kept in base
+2 as well, and scale_log2 is the scale times log2 e.
 
 FlashAttention (arXiv 2205.14135), 2 (2307.08691). Read next: decode.py, one query at a time.
 """
@@ -54,7 +55,8 @@ def attention_reference(
 
 # ---- kernels -------------------------------------------------------------------------------------
 # M: a tile of queries. N: a tile of keys. A key's K numbers are two parts, each a power of two as
-# tiles must be: the first MAIN and, in R, the REST (192 = 128 + 64); U is padded with zeros.
+# tiles must be: the first MAIN and, in R, the REST (192 = 128 + 64); U is padded with zeros. Where
+# there is no REST, a tile of R is still named, for Triton's sake, and never used.
 
 
 @triton.jit
@@ -64,6 +66,7 @@ def _load(ptr, row, stride, T, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     its rows are known to be inside."""
     r = tl.arange(0, ROWS)[:, None]
     c = FIRST + tl.arange(0, COLUMNS)[None, :]
+    # One 64-bit number for the tile, 32-bit ones within it: fewer registers.
     at = ptr + row.to(tl.int64) * stride + (r * stride + c)
     if FIRST + COLUMNS > WIDTH:
         tile = tl.load(at, mask=(row + r < T) & (c < WIDTH), other=0.0)
@@ -97,7 +100,7 @@ def _keys_seen(starts_ptr, m0, T, BM: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, starts_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, scale2, T, H,
+    q_strides, k_strides, v_strides, scale_log2, T, H,
     GROUP: tl.constexpr, K: tl.constexpr, U: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +123,8 @@ def _forward(
     acc_MU = tl.zeros([BM, BU], tl.float32)
 
     first, tiles, full = _keys_seen(starts_ptr, m0, T, BM, BN)
-    for MASKED in tl.static_range(2):  # the full tiles, then the rest
+    # Compiled twice: without the mask's code for the full tiles, with it for the rest.
+    for MASKED in tl.static_range(2):
         for i in range(full if MASKED else 0, tiles if MASKED else full):
             n0 = first + i * BN
             k_NK = _load(k_ptr, n0, k_strides[1], T, 0, K, BN, MAIN, MASKED)
@@ -132,9 +136,9 @@ def _forward(
                 n = n0 + tl.arange(0, BN)[None, :]
                 seen_MN = (start_M[:, None] <= n) & (n <= m[:, None])
                 scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
-            # scale2 is positive, so the largest score stays the largest.
-            new_max_M = tl.maximum(max_M, tl.max(scores_MN, 1) * scale2)
-            probs_MN = tl.exp2(scores_MN * scale2 - new_max_M[:, None])
+            # scale_log2 is positive, so the largest score stays the largest.
+            new_max_M = tl.maximum(max_M, tl.max(scores_MN, 1) * scale_log2)
+            probs_MN = tl.exp2(scores_MN * scale_log2 - new_max_M[:, None])
             shrink_M = tl.exp2(max_M - new_max_M)
             sum_M = sum_M * shrink_M + tl.sum(probs_MN, 1)
             v_NU = _load(v_ptr, n0, v_strides[1], T, 0, U, BN, BU, MASKED)
@@ -150,7 +154,7 @@ def _forward(
 @triton.jit
 def _backward_q(
     q_ptr, k_ptr, v_ptr, starts_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
-    q_strides, k_strides, v_strides, scale2, T, H, scale,
+    q_strides, k_strides, v_strides, scale_log2, T, H, scale,
     GROUP: tl.constexpr, K: tl.constexpr, U: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +190,7 @@ def _backward_q(
                 n = n0 + tl.arange(0, BN)[None, :]
                 seen_MN = (start_M[:, None] <= n) & (n <= m[:, None])
                 scores_MN = tl.where(seen_MN, scores_MN, float("-inf"))
-            probs_MN = tl.exp2(scores_MN * scale2 - lse_M[:, None])
+            probs_MN = tl.exp2(scores_MN * scale_log2 - lse_M[:, None])
             v_NU = _load(v_ptr, n0, v_strides[1], T, 0, U, BN, BU, MASKED)
             dprobs_MN = tl.dot(dout_MU, tl.trans(v_NU), input_precision=PRECISION)
             dscores_MN = (probs_MN * (dprobs_MN - delta_M[:, None])).to(k_NK.dtype)
@@ -203,7 +207,7 @@ def _backward_q(
 @triton.jit
 def _backward_kv(
     q_ptr, k_ptr, v_ptr, ends_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-    q_strides, k_strides, v_strides, scale2, T, H, scale,
+    q_strides, k_strides, v_strides, scale_log2, T, H, scale,
     GROUP: tl.constexpr, K: tl.constexpr, U: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     BU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +248,7 @@ def _backward_kv(
                 seen_NM = (n[:, None] <= m[None, :]) & (m[None, :] < end_N[:, None])
                 scores_NM = tl.where(seen_NM, scores_NM, float("-inf"))
             lse_M = tl.load(lse_ptr + (b * H + h) * T + m, mask=m < T, other=0.0)
-            probs_NM = tl.exp2(scores_NM * scale2 - lse_M[None, :])
+            probs_NM = tl.exp2(scores_NM * scale_log2 - lse_M[None, :])
             dout_head = dout_ptr + (b * T * H + h) * U
             dout_MU = _load(dout_head, m0, H * U, T, 0, U, BM, BU, MASKED)
             dv_NU = tl.dot(probs_NM.to(dout_MU.dtype), dout_MU, dv_NU, input_precision=PRECISION)
@@ -265,7 +269,7 @@ def _backward_kv(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
-# By architecture and bytes a number, for K + U up to the first column: forward, dQ, dK and dV, each
+# By architecture and bytes a number, for K + U, padded, up to the first column: forward, dQ, dK and dV, each
 # (queries BM, keys BN, warps, stages).
 TILES = {
     0: {4: [(512, (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1))]},
@@ -298,9 +302,9 @@ TILES[0][2] = TILES[0][4]
 TILES[89] = TILES[80]  # tiles that fit both
 
 
-def _tiles(kernel: int, q: Tensor, v: Tensor) -> dict:
+def _tiles(kernel: int, q: Tensor, constants: dict) -> dict:
     """The tiles of kernel 0 (forward), 1 (dQ) or 2 (dK and dV)."""
-    width = q.shape[-1] + v.shape[-1]
+    width = constants["MAIN"] + constants["REST"] + constants["BU"]  # K + U as padded
     row = next(row for row in TILES[arch()][q.element_size()] if width <= row[0])
     return dict(zip(("BM", "BN", "num_warps", "num_stages"), row[1 + kernel]))
 
@@ -334,7 +338,7 @@ def attention_forward(
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     if out.numel():
         arguments, constants = _shared(q, k, v, scale)
-        tiles = _tiles(0, q, v)
+        tiles = _tiles(0, q, constants)
         _forward[(triton.cdiv(T, tiles["BM"]), H, B)](
             q, k, v, starts, out, lse, *arguments, **constants, **tiles
         )
@@ -357,11 +361,11 @@ def attention_backward(
     ends = torch.searchsorted(starts, keys_BT, right=True, out_int32=True)
     delta = torch.empty_like(lse)
     arguments, constants = _shared(q, k, v, scale)
-    tiles = _tiles(1, q, v)
+    tiles = _tiles(1, q, constants)
     _backward_q[(triton.cdiv(T, tiles["BM"]), H, B)](
         q, k, v, starts, out, lse, dout, delta, dq, *arguments, scale, **constants, **tiles
     )
-    tiles = _tiles(2, q, v)  # after _backward_q, which makes delta
+    tiles = _tiles(2, q, constants)  # after _backward_q, which makes delta
     _backward_kv[(triton.cdiv(T, tiles["BN"]), k.shape[2], B)](
         q, k, v, ends, lse, dout, delta, dk, dv, *arguments, scale, **constants, **tiles
     )

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # newer Tritons need to be told
+HAS_TRITON = True
 try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:  # macOS and Windows have no Triton; the references need none
+    HAS_TRITON = False
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=None)
 
 # Set TRITON_INTERPRET=1 before Triton is first imported: the kernels then run on the CPU, slowly.
-interpret = os.environ.get("TRITON_INTERPRET") == "1" and hasattr(triton, "runtime")
+interpret = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def use_triton(x: Tensor) -> bool:
@@ -26,14 +28,15 @@ def use_triton(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         return False
     if x.is_cuda:
-        return hasattr(triton, "runtime") and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        return HAS_TRITON and torch.cuda.get_device_capability(x.device) >= (8, 0)
     return interpret
 
 
 def arch() -> int:
     """Which column of a kernel's table of tiles holds here: 80 (A100: 163 KB of shared memory a
-    block), 89 (RTX 4090 and other cards with 99 KB), 90 (H100, B200: 227 KB), or 0, the
-    interpreter. A table and not autotune, so that what runs is what was compiled by the tests."""
+    block), 89 (RTX 4090 and other cards with 99 KB), 90 (H100, and B200 with as much: 227 KB), or 0,
+    the interpreter. A table and not autotune, so that what runs on an A100, a 4090 or an H100 is
+    what was compiled by the tests."""
     if interpret:
         return 0
     found = triton.runtime.driver.active.get_current_target().arch
@@ -41,9 +44,9 @@ def arch() -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How tl.dot multiplies fp32: exactly, unless torch.set_float32_matmul_precision allows TF32."""
-    exact = torch.get_float32_matmul_precision() == "highest" or x.dtype != torch.float32
-    return "ieee" if exact else "tf32"
+    """How tl.dot multiplies fp32: exactly, unless torch is allowed TF32 for its own products."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def full(x: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def _teach_the_interpreter_bf16() -> None:
 
     dot = interpreter.InterpreterBuilder.create_dot
 
-    def widened(x):
+    def widened(x):  # bf16 is the upper half of an fp32
         if x.dtype.scalar != tl.bfloat16:
             return x
         bits = np.ascontiguousarray(x.data).view(np.uint16).astype(np.uint32) << 16

@@ -75,12 +75,12 @@ def _attend(
         is_head_M = in_head_M < heads
         h_M = j * heads + in_head_M
         c, r = tl.arange(0, C_PAD), tl.arange(0, R_PAD)
-        q_M = q_ptr + (b * H + h_M) * (C + R)
+        q_M_ptr = q_ptr + (b * H + h_M) * (C + R)
         mask_CM = (c < C)[:, None] & is_head_M[None, :]
-        q_CM = tl.load(q_M[None, :] + c[:, None], mask=mask_CM, other=0.0)
+        q_CM = tl.load(q_M_ptr[None, :] + c[:, None], mask=mask_CM, other=0.0)
         if R > 0:
             mask_RM = (r < R)[:, None] & is_head_M[None, :]
-            q_RM = tl.load(q_M[None, :] + C + r[:, None], mask=mask_RM, other=0.0)
+            q_RM = tl.load(q_M_ptr[None, :] + C + r[:, None], mask=mask_RM, other=0.0)
         m_M = tl.full([M], float("-inf"), tl.float32)
         l_M = tl.zeros([M], tl.float32)
         acc_CM = tl.zeros([C_PAD, M], tl.float32)
@@ -90,16 +90,16 @@ def _attend(
             seen_N = s_N < stop
             s_N = tl.minimum(s_N, stop - 1)  # past the end the last key again, but with no weight
             if Y == 0:  # no table: row b is page b
-                entry_N = pages_ptr + b * stride_z + s_N.to(tl.int64) * stride_y
+                entry_N_ptr = pages_ptr + b * stride_z + s_N.to(tl.int64) * stride_y
             else:
                 page_N = tl.load(table_ptr + b * P + s_N // Y).to(tl.int64)
-                entry_N = pages_ptr + page_N * stride_z + s_N % Y * stride_y
-            key_NC = entry_N[:, None] + j * (C + R) + c[None, :]
-            k_NC = tl.load(key_NC, mask=(c < C)[None, :], other=0.0)
+                entry_N_ptr = pages_ptr + page_N * stride_z + s_N % Y * stride_y
+            key_NC_ptr = entry_N_ptr[:, None] + j * (C + R) + c[None, :]
+            k_NC = tl.load(key_NC_ptr, mask=(c < C)[None, :], other=0.0)
             scores_NM = tl.dot(k_NC, q_CM, input_precision=PRECISION)
             if R > 0:
-                key_NR = entry_N[:, None] + j * (C + R) + C + r[None, :]
-                k_NR = tl.load(key_NR, mask=(r < R)[None, :], other=0.0)
+                key_NR_ptr = entry_N_ptr[:, None] + j * (C + R) + C + r[None, :]
+                k_NR = tl.load(key_NR_ptr, mask=(r < R)[None, :], other=0.0)
                 scores_NM = tl.dot(k_NR, q_RM, scores_NM, input_precision=PRECISION)
             scores_NM = tl.where(seen_N[:, None], scores_NM * scale, float("-inf"))
             max_M = tl.maximum(m_M, tl.max(scores_NM, 0))  # finite: first < length
@@ -109,8 +109,8 @@ def _attend(
             if SHARED:
                 v_NC = k_NC
             else:
-                value_NC = entry_N[:, None] + values_at + j * C + c[None, :]
-                v_NC = tl.load(value_NC, mask=(c < C)[None, :], other=0.0)
+                value_NC_ptr = entry_N_ptr[:, None] + values_at + j * C + c[None, :]
+                v_NC = tl.load(value_NC_ptr, mask=(c < C)[None, :], other=0.0)
             acc_CM = tl.dot(
                 tl.trans(v_NC), probs_NM.to(v_NC.dtype), acc_CM * shrink_M[None, :],
                 input_precision=PRECISION,
@@ -160,6 +160,8 @@ def tiles(q_BHK: Tensor, C: int, heads: int) -> tuple[int, ...]:
     """The row of the table for `heads` query heads on one key head, and values of C numbers."""
     small, fp32 = C <= 256, q_BHK.dtype == torch.float32
     kind = "gqa" if small else "many" if heads >= 64 and not fp32 else "mla"
+    if fp32 and precision(q_BHK) == "tf32" and kind == "mla" and arch() == 89:
+        return 16, 16, 512, 4, 2  # the tile of exact fp32 takes more shared memory in TF32
     return TILES[arch()][kind + ("_fp32" if fp32 else "")]
 
 

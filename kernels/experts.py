@@ -33,7 +33,7 @@ from kernels.backend import arch, precision, tl, triton, use_triton
 def grouped_linear_reference(
     x_ND: Tensor, weight_EFD: Tensor, ends_E: Tensor, rows_W: Tensor | None = None
 ) -> Tensor:
-    x_WD = x_ND if rows_W is None else x_ND[rows_W]
+    x_WD = x_ND if rows_W is None else x_ND.index_select(0, rows_W)
     aligned = all(d * x_WD.element_size() % 16 == 0 for d in weight_EFD.shape[1:])
     if x_WD.dtype == torch.float64 or not aligned:  # which grouped_mm doesn't take
         sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
@@ -48,7 +48,7 @@ def grouped_swiglu_reference(
     ends_E: Tensor,
     rows_W: Tensor | None = None,
 ) -> Tensor:
-    x_WD = x_ND if rows_W is None else x_ND[rows_W]
+    x_WD = x_ND if rows_W is None else x_ND.index_select(0, rows_W)
     gate_WF = grouped_linear_reference(x_WD, gate_EFD, ends_E)
     return F.silu(gate_WF) * grouped_linear_reference(x_WD, up_EFD, ends_E)
 
@@ -376,12 +376,12 @@ def _wgrad(dy: Tensor, x: Tensor, ends: Tensor, rows: Tensor | None) -> Tensor:
 
 @_linear.register_fake
 def _(x, weight, ends, rows):
-    return x.new_empty(len(x if rows is None else rows), weight.shape[1])
+    return x.new_empty((x if rows is None else rows).shape[0], weight.shape[1])
 
 
 @_swiglu.register_fake
 def _(x, gate, up, ends, rows):
-    return x.new_empty(len(x if rows is None else rows), gate.shape[1])
+    return x.new_empty((x if rows is None else rows).shape[0], gate.shape[1])
 
 
 @_dswiglu.register_fake
@@ -406,7 +406,7 @@ def _save(ctx, inputs, output):
 def _linear_backward(ctx, dy):
     x, weight, ends, rows = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    dx = _dgrad([dy], [weight], ends, rows, len(x)) if need_x else None
+    dx = _dgrad([dy], [weight], ends, rows, x.shape[0]) if need_x else None
     return dx, _wgrad(dy, x, ends, rows) if need_weight else None, None, None
 
 
@@ -414,7 +414,7 @@ def _swiglu_backward(ctx, dh):
     x, gate, up, ends, rows = ctx.saved_tensors
     need_x, need_gate, need_up = ctx.needs_input_grad[:3]
     dgate, dup = _dswiglu(dh, x, gate, up, ends, rows)
-    dx = _dgrad([dgate, dup], [gate, up], ends, rows, len(x)) if need_x else None
+    dx = _dgrad([dgate, dup], [gate, up], ends, rows, x.shape[0]) if need_x else None
     dgate_EFD = _wgrad(dgate, x, ends, rows) if need_gate else None
     dup_EFD = _wgrad(dup, x, ends, rows) if need_up else None
     return dx, dgate_EFD, dup_EFD, None, None

@@ -12,9 +12,12 @@ and its gradient want several such arrays. But a row needs only four numbers of 
     logprob = (l_t - m) - log S,   entropy = log S - R / S
 
 Forward: a program multiplies one tile of rows with one tile of words and leaves m, S and R of that
-tile; l_t is left by the one program that has it. A few torch operations then merge the tiles: each
-tile's sums count exp(its m - the row's m) times. Everything is relative to the maximum, so
-that nothing overflows and a nearly certain row has an exact entropy.
+tile; l_t is left by the one program that has it. A few torch operations then merge the tiles i of a row, which has m = max m_i:
+
+    S = sum_i exp(m_i - m) S_i        R = sum_i exp(m_i - m) (R_i + (m_i - m) S_i)
+
+Everything is relative to the maximum, so that nothing overflows and a nearly certain row has an
+exact entropy.
 
 Backward, with g_n the gradient of logprob_n:
 
@@ -73,16 +76,18 @@ def _logits(
 ):  # fmt: skip
     """One tile, in fp32. Rows and words past the end repeat the last one: no mask while loading."""
     k = tl.arange(0, K)
-    x_MK = x_ptr + tl.minimum(n_M, N - 1).to(tl.int64)[:, None] * D + k[None, :]
-    weight_KC = weight_ptr + tl.minimum(v_C, V - 1).to(tl.int64)[None, :] * D + k[:, None]
+    x_MK_ptr = x_ptr + tl.minimum(n_M, N - 1).to(tl.int64)[:, None] * D + k[None, :]
+    weight_KC_ptr = weight_ptr + tl.minimum(v_C, V - 1).to(tl.int64)[None, :] * D + k[:, None]
     logits_MC = tl.zeros([n_M.shape[0], v_C.shape[0]], tl.float32)
     for _ in range(D // K):
-        logits_MC = tl.dot(tl.load(x_MK), tl.load(weight_KC), logits_MC, input_precision=PRECISION)
-        x_MK += K
-        weight_KC += K
+        logits_MC = tl.dot(
+            tl.load(x_MK_ptr), tl.load(weight_KC_ptr), logits_MC, input_precision=PRECISION
+        )
+        x_MK_ptr += K
+        weight_KC_ptr += K
     if D % K > 0:  # D is known when this is compiled: where K divides it, nothing is masked
-        rest_MK = tl.load(x_MK, mask=(k < D % K)[None, :], other=0.0)
-        rest_KC = tl.load(weight_KC, mask=(k < D % K)[:, None], other=0.0)
+        rest_MK = tl.load(x_MK_ptr, mask=(k < D % K)[None, :], other=0.0)
+        rest_KC = tl.load(weight_KC_ptr, mask=(k < D % K)[:, None], other=0.0)
         logits_MC = tl.dot(rest_MK, rest_KC, logits_MC, input_precision=PRECISION)
     return logits_MC * scale
 
@@ -190,28 +195,29 @@ def forward(x_ND, weight_VD, targets_N, temperature):
     return logprobs_N, entropy_N, max_N + log_sum_N
 
 
-def backward(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk):
-    """dx_ND, dweight_VD."""
+def backward(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk, frozen=False):
+    """dx_ND, and dweight_VD or, for a frozen weight, an empty matrix."""
     x_ND, weight_VD, targets_N = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
     g_N = g_N / temperature  # contiguous, whatever it was
     (N, D), V = x_ND.shape, len(weight_VD)
     if not N:
-        return torch.zeros_like(x_ND), torch.zeros_like(weight_VD)
+        return torch.zeros_like(x_ND), torch.zeros_like(weight_VD[:0, :0] if frozen else weight_VD)
     M, C, config = tiles(x_ND)
     numbers = chunk * V or BUFFER
     width = min(max(1, numbers // (N * C)), triton.cdiv(V, C)) * C  # words in a slice
     buffer = torch.empty(N, width, dtype=x_ND.dtype, device=x_ND.device)
     dx_ND = torch.zeros(N, D, dtype=torch.float32, device=x_ND.device)
-    dweight_VD = torch.empty_like(weight_VD)
+    dweight_VD = weight_VD.new_empty((0, 0) if frozen else weight_VD.shape)
     for first in range(0, V, width):
-        weight_vD, dweight_vD = (w_VD[first : first + width] for w_VD in (weight_VD, dweight_VD))
+        weight_vD = weight_VD[first : first + width]
         v = len(weight_vD)
         _dlogits[(triton.cdiv(v, C), triton.cdiv(N, M))](
             x_ND, weight_vD, targets_N, lse_N, g_N, buffer, N, v, width, first,
             math.log2(math.e) / temperature, **config,
         )  # fmt: skip
         dlogits_Nv = buffer[:, :v]
-        torch.mm(dlogits_Nv.T, x_ND, out=dweight_vD)
+        if not frozen:
+            torch.mm(dlogits_Nv.T, x_ND, out=dweight_VD[first : first + width])
         dx_ND += dlogits_Nv @ weight_vD
     return dx_ND.to(x_ND.dtype), dweight_VD
 
@@ -225,20 +231,20 @@ def _op(
 
 @_op.register_fake
 def _(x_ND, weight_VD, targets_N, temperature, chunk):
-    return tuple(x_ND.new_empty(len(x_ND), dtype=torch.float32) for _ in range(3))
+    return tuple(x_ND.new_empty(x_ND.shape[0], dtype=torch.float32) for _ in range(3))
 
 
 @torch.library.custom_op("nanor1::linear_logprob_backward", mutates_args=())
 def _backward_op(
     g_N: Tensor, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, lse_N: Tensor,
-    temperature: float, chunk: int,
+    temperature: float, chunk: int, frozen: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return backward(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk)
+    return backward(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk, frozen)
 
 
 @_backward_op.register_fake
-def _(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk):
-    return x_ND.new_empty(x_ND.shape), weight_VD.new_empty(weight_VD.shape)
+def _(g_N, x_ND, weight_VD, targets_N, lse_N, temperature, chunk, frozen):
+    return x_ND.new_empty(x_ND.shape), weight_VD.new_empty((0, 0) if frozen else weight_VD.shape)
 
 
 def _save(ctx, inputs, output):
@@ -247,8 +253,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, g_N, _entropy, _lse):
-    dx_ND, dweight_VD = _backward_op(g_N, *ctx.saved_tensors, ctx.temperature, ctx.chunk)
-    return dx_ND, dweight_VD, None, None, None
+    frozen = not ctx.needs_input_grad[1]
+    dx_ND, dweight_VD = _backward_op(g_N, *ctx.saved_tensors, ctx.temperature, ctx.chunk, frozen)
+    return dx_ND, None if frozen else dweight_VD, None, None, None
 
 
 _op.register_autograd(_gradient, setup_context=_save)
@@ -263,12 +270,15 @@ def linear_logprob(
     No more than chunk x V logits exist at a time (0: 2^27 of them), or, if that is more, one tile
     of words (256 at most) for each row. Tensors that are not contiguous are copied.
     """
-    x, weight, targets = (tuple(tensor.shape) for tensor in (x_ND, weight_VD, targets_N))
-    shapes = f"{x=}, {weight=}, {targets=}"
+
+    def shapes() -> str:
+        x, weight, targets = (tuple(tensor.shape) for tensor in (x_ND, weight_VD, targets_N))
+        return f"{x=}, {weight=}, {targets=}"
+
     if x_ND.ndim != 2 or weight_VD.ndim != 2 or x_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"x must be [N, D] and weight [V, D]: {shapes}")
+        raise ValueError(f"x must be [N, D] and weight [V, D]: {shapes()}")
     if targets_N.shape != x_ND.shape[:1] or targets_N.is_floating_point():
-        raise ValueError(f"targets must be one integer a row: {shapes}, {targets_N.dtype}")
+        raise ValueError(f"targets must be one integer a row: {shapes()}, {targets_N.dtype}")
     if x_ND.dtype != weight_VD.dtype:
         raise ValueError(f"x is {x_ND.dtype} and weight {weight_VD.dtype}: convert one of them")
     if temperature <= 0 or chunk < 0:

@@ -19,6 +19,8 @@ tensors, after their shape: M rows, or M numbers where there are no rows, and th
 Read next: experts.py, where a tile is a matrix and the work a matrix product.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,7 +131,7 @@ def _rms_norm(
     d_D = tl.arange(0, BLOCK_D)
     inside_MD = (n_M < N)[:, None] & (d_D < D)[None, :]
     x_MD = tl.load(x_ptr + n_M[:, None] * stride + d_D, mask=inside_MD, other=0.0).to(tl.float32)
-    weight_D = tl.load(weight_ptr + d_D, mask=d_D < D).to(tl.float32)
+    weight_D = tl.load(weight_ptr + d_D, mask=d_D < D, other=0.0).to(tl.float32)
     rstd_M = tl.rsqrt(tl.sum(x_MD * x_MD, 1) / D + eps)
     y_MD = x_MD * rstd_M[:, None] * weight_D
     tl.store(y_ptr + n_M[:, None] * D + d_D, y_MD, mask=inside_MD)
@@ -143,7 +145,7 @@ def _rms_norm_backward(
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     d_D = tl.arange(0, BLOCK_D)
-    weight_D = tl.load(weight_ptr + d_D, mask=d_D < D).to(tl.float32)
+    weight_D = tl.load(weight_ptr + d_D, mask=d_D < D, other=0.0).to(tl.float32)
     # dweight is a sum over all rows. Each program adds up every programs'th tile and writes one row
     # of sums; the launcher adds these. Always in the same order, so always to the same bits.
     dweight_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -212,7 +214,7 @@ rms_norm_backward_op = torch.library.custom_op(
 rms_norm_op.register_fake(
     lambda x, weight, eps: (
         x.new_empty(x.shape),
-        x.new_empty(x.shape[:-1].numel(), dtype=torch.float32),
+        x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32),
     )
 )
 rms_norm_backward_op.register_fake(

@@ -57,6 +57,8 @@ def pick_device(name: str = "auto") -> torch.device:
             f"--device {name} can't be used ({reason}); it takes {', '.join(known)}"
             f"{nearest(name, known)}"
         ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current GPU, wherever tensors are
     return device
 
 

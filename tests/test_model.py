@@ -698,7 +698,9 @@ def test_all_experts_at_once_equal_a_loop_over_those_selected(used):
     expected = experts_by_hand(experts, x_ND, weights_NA, experts_NA)
     close(experts.all_experts(x_ND, weights_NA, experts_NA), expected)
     close(experts(x_ND, weights_NA, experts_NA), expected)
-    close(experts(x_ND.repeat(8, 1), weights_NA.repeat(8, 1), experts_NA.repeat(8, 1))[-9:], expected)
+    close(
+        experts(x_ND.repeat(8, 1), weights_NA.repeat(8, 1), experts_NA.repeat(8, 1))[-9:], expected
+    )
 
 
 @torch.no_grad()

@@ -460,7 +460,6 @@ def test_a_step_can_be_captured_as_a_cuda_graph(config, page, monkeypatch):
     assert len(replays) > 20
 
 
-
 def step_inputs(model: Transformer, rows: int, at: int) -> tuple[torch.Tensor, ...]:
     tokens_B = torch.arange(rows) % V
     return tokens_B, torch.full((rows,), at), model.new_cache(rows, 32).normal_()

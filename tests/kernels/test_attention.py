@@ -68,7 +68,7 @@ def test_a_single_token_sees_itself(device):
     q, k, v, dout = inputs(device, 2, 1, 3, 1, 32, 24)
     starts = starts_of([1], 1, device).expand(2, 1).contiguous()
     out, dq, dk, dv = run(q, k, v, dout, starts, 0.1)
-    assert torch.equal(out, v.expand(-1, -1, 3, -1))
+    assert relative_error(out, v.expand(-1, -1, 3, -1)) < 1e-6
     assert relative_error(dv, dout.double().sum(2, keepdim=True)) < 1e-6
     assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5  # softmax of one number is constant
 

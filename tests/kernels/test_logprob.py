@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from harness import TOLERANCE, Canaries, backwards, guarded, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,8 +222,20 @@ def test_the_operators_keep_torchs_contract(device):
     torch.library.opcheck(logprob._op, (x_ND, weight_VD, targets_N, 0.7, 0))
     lse_N = logprob._op(x_ND, weight_VD, targets_N, 0.7, 0)[2].detach()
     x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
-    args = (g_N, x_ND, weight_VD, targets_N, lse_N, 0.7, 0)
-    torch.library.opcheck(logprob._backward_op, args)
+    for frozen in (False, True):
+        args = (g_N, x_ND, weight_VD, targets_N, lse_N, 0.7, 0, frozen)
+        torch.library.opcheck(logprob._backward_op, args)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_costs_none(device, monkeypatch):
+    x_ND, weight_VD, targets_N, g_N = make(5, 24, 40, device=device)
+    expected, _ = logprob.backward(
+        g_N, x_ND, weight_VD, targets_N, logprob.forward(x_ND, weight_VD, targets_N, 0.7)[2], 0.7, 0
+    )
+    monkeypatch.setattr(torch, "mm", None)  # what makes the gradient of the weight
+    x_ND.requires_grad_()
+    linear_logprob(x_ND, weight_VD, targets_N, 0.7)[0].backward(g_N)
+    assert torch.equal(x_ND.grad, expected)
 
 
 def test_compiled_it_is_what_it_is_eagerly(device):
@@ -231,6 +244,17 @@ def test_compiled_it_is_what_it_is_eagerly(device):
     expected = through_autograd(linear_logprob, *inputs, 0.7)
     for a, b in zip(through_autograd(compiled, *inputs, 0.7), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_once_it_takes_any_number_of_rows(device):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend=counter, dynamic=True)
+    for N in (5, 7, 9, 11):
+        x_ND, weight_VD, targets_N, _ = make(N, 24, 40, device=device)
+        assert torch.equal(compiled(x_ND, weight_VD, targets_N)[0],
+                           linear_logprob(x_ND, weight_VD, targets_N)[0])  # fmt: skip
+    assert counter.frame_count <= 2
 
 
 def test_mistakes_are_named():

@@ -70,8 +70,9 @@ def test_eps_counts_where_x_is_small(device):
 def test_dweight_sums_more_rows_than_programs(device):
     shape = (301, 32) if device == "cpu" else (100_003, 32)
     x, weight, dy = norm_inputs(shape, torch.float32, device)
-    rows, programs = norm._tile(32)["BLOCK_M"], norm.TILES[norm.arch()][1]
-    assert shape[0] > rows * programs, "every program needs to loop"
+    tile = norm._tile(32)
+    programs = norm.TILES[norm.arch()][1] // tile["num_warps"]
+    assert shape[0] > tile["BLOCK_M"] * programs, "every program needs to loop"
     _, rstd = norm.rms_norm_forward(x, weight, 1e-5)
     _, dweight = norm.rms_norm_backward(dy, x, weight, rstd)
     h = torch.nn.functional.rms_norm(x.double(), (32,), eps=1e-5)
