@@ -452,9 +452,6 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
         E, (N, A) = len(self.gate_proj), experts_NA.shape
-        sampling_on_cpu = x_ND.device.type == "cpu" and not torch.is_grad_enabled()
-        if sampling_on_cpu and N <= 64 and self.gate_proj.numel() <= 2**16:
-            return self.all_experts(x_ND, weights_NA, experts_NA)
         flat_W = experts_NA.flatten()  # W: a copy of a token for each of its experts
         order_W = flat_W.argsort(stable=True)
         experts_E = torch.arange(E, device=flat_W.device)
@@ -468,16 +465,6 @@ class Experts(nn.Module):
     def grouped(self, x_ND: Tensor, ends_E: Tensor, token_W: Tensor) -> Tensor:
         hidden_WF = kernels.grouped_swiglu(x_ND, self.gate_proj, self.up_proj, ends_E, token_W)
         return kernels.grouped_linear(hidden_WF, self.down_proj, ends_E)
-
-    def all_experts(self, x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor) -> Tensor:
-        """The same sum, weight 0 for the experts not selected: for a few tokens and tiny experts on
-        a CPU, three products cost less than three for each expert."""
-        E, F, D = self.gate_proj.shape
-        weights_NE = x_ND.new_zeros(len(x_ND), E).scatter(1, experts_NA, weights_NA)
-        gate_NX = nn.functional.linear(x_ND, self.gate_proj.view(E * F, D))
-        up_NX = nn.functional.linear(x_ND, self.up_proj.view(E * F, D))
-        hidden_NEF = kernels.swiglu(gate_NX, up_NX).view(-1, E, F) * weights_NE.unsqueeze(-1)
-        return torch.bmm(hidden_NEF.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)
 
 
 class MoE(nn.Module):

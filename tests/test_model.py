@@ -685,25 +685,6 @@ def test_experts_equal_a_loop_and_unused_ones_get_no_gradient(used, dtype, toler
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("used", [range(6), [3], [2, 5]], ids=str)
-def test_all_experts_at_once_equal_a_loop_over_those_selected(used):
-    """The form for sampling on a CPU, which `forward` takes by itself there."""
-    torch.manual_seed(0)
-    experts = Experts(6, 8, 12).double()
-    randomize(experts)
-    x_ND = torch.randn(9, 8, dtype=torch.float64)
-    A = min(2, len(used))
-    experts_NA = torch.stack([torch.tensor(used)[torch.randperm(len(used))[:A]] for _ in range(9)])
-    weights_NA = torch.rand(9, A, dtype=torch.float64)
-    expected = experts_by_hand(experts, x_ND, weights_NA, experts_NA)
-    close(experts.all_experts(x_ND, weights_NA, experts_NA), expected)
-    close(experts(x_ND, weights_NA, experts_NA), expected)
-    close(
-        experts(x_ND.repeat(8, 1), weights_NA.repeat(8, 1), experts_NA.repeat(8, 1))[-9:], expected
-    )
-
-
-@torch.no_grad()
 def test_experts_of_any_width_are_computed_in_fp32():
     """A grouped product may want aligned rows; a config need not have them."""
     experts = Experts(3, 6, 5)
