@@ -1,21 +1,14 @@
-"""The kernels' tests run in Triton's interpreter, or, under `pytest -m gpu`, on a GPU."""
+"""The kernels' tests run in Triton's interpreter, or, under `pytest -m gpu`, on a GPU. All other
+tests, and the programs they start, run the references, as everybody does on a CPU."""
 
 import os
 
-import pytest
-
 
 def pytest_configure(config):
-    on_gpu = "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
-    if not on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    if "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"  # heeded while Triton and the kernels are imported
+    import kernels.backend
 
-
-@pytest.fixture(autouse=True)
-def references(monkeypatch, request):
-    """Outside tests/kernels the CPU runs the references, as it does for everybody."""
-    if "kernels" not in request.path.parts:
-        import kernels.backend
-
-        monkeypatch.setattr(kernels.backend, "interpret", False)
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # nor do the programs tests start
+    del os.environ["TRITON_INTERPRET"]
+    kernels.backend.interpret = False  # tests/kernels/conftest.py turns it on

@@ -82,10 +82,10 @@ def test_dweight_sums_more_rows_than_programs(device):
 def test_rows_of_a_split_projection_are_read_in_place(device, monkeypatch):
     projected, weight, _ = norm_inputs((2, 3, 24), torch.float32, device)
     latent, rope = projected.split([16, 8], -1)
-    monkeypatch.setattr(torch.Tensor, "contiguous", None)  # a copy would call it
-    assert norm._rows(latent).data_ptr() == projected.data_ptr()
-    assert norm._rows(rope).stride() == (24, 1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "contiguous", None)  # a copy would call it
+        assert norm._rows(latent).data_ptr() == projected.data_ptr()
+        assert norm._rows(rope).stride() == (24, 1)
     y, rstd = norm.rms_norm_forward(latent, weight[:16], 1e-5)
     assert torch.equal(y, norm.rms_norm_forward(latent.contiguous(), weight[:16], 1e-5)[0])
     one = torch.ones((), device=device).expand(2, 3, 16)  # the gradient of a sum, stride 0
