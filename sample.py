@@ -1,7 +1,7 @@
 """Sampling: the rollouts of RL, the evaluation of the paper (section 3), and a command to ask.
 
-`generate` is the engine. Each of its slots writes one output; a prompt is prefilled once for all its
-outputs; as soon as an output ends, its slot goes to the next request (continuous batching). The
+`generate` is the engine. Each of its slots writes one output; a prompt is prefilled once for all
+its outputs; as soon as an output ends, its slot goes to the next request (continuous batching). The
 random numbers of a row depend on (seed, row) alone, so its tokens don't depend on its neighbours,
 the number of slots or of processes (but for rounding, where two tokens are equally likely).
 

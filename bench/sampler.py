@@ -1,7 +1,7 @@
 """Tokens per second of `sample.generate` beside transformers' `generate`, with the same weights.
 
     python -m bench.sampler                   a tiny Qwen2 and the toy DeepSeek-V3, fp32
-    python -m bench.sampler --device cuda     the shape of Qwen2.5-1.5B and a small DeepSeek-V3, bf16
+    python -m bench.sampler --device cuda     a Qwen2.5-1.5B and a small DeepSeek-V3, in bf16
 
 Every prompt is different, every output as long as allowed, sampled at T = 1 from the whole
 vocabulary. The two take turns in one process, after some runs of each to warm up; a figure is the

@@ -1,5 +1,5 @@
-"""The one door to the computations that decide the speed: each as a Triton kernel and as a reference
-in plain torch, which is what the tests compare with and what runs on a CPU.
+"""The one door to the computations that decide the speed: each as a Triton kernel and as a
+reference in plain torch, which is what the tests compare with and what runs on a CPU.
 
 backend.py decides which of the two runs. Each of the other files has one idea and reads from top to
 bottom: the maths, the reference, the kernels, what launches them, the operator that torch knows,

@@ -269,8 +269,8 @@ def _backward_kv(
 
 # ---- launchers -----------------------------------------------------------------------------------
 
-# By architecture and bytes a number, for K + U, padded, up to the first column: forward, dQ, dK and dV, each
-# (queries BM, keys BN, warps, stages).
+# By architecture and bytes a number, for K + U, padded, up to the first column: forward, dQ, dK and
+# dV, each (queries BM, keys BN, warps, stages).
 TILES = {
     0: {4: [(512, (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 1))]},
     80: {

@@ -34,8 +34,8 @@ def use_triton(x: Tensor) -> bool:
 
 def arch() -> int:
     """Which column of a kernel's table of tiles holds here: 80 (A100: 163 KB of shared memory a
-    block), 89 (RTX 4090 and other cards with 99 KB), 90 (H100, and B200 with as much: 227 KB), or 0,
-    the interpreter. A table and not autotune, so that what runs on an A100, a 4090 or an H100 is
+    block), 89 (RTX 4090 and other cards with 99 KB), 90 (H100, and B200 with as much: 227 KB), or
+    0, the interpreter. A table and not autotune, so that what runs on an A100, a 4090 or an H100 is
     what was compiled by the tests."""
     if interpret:
         return 0

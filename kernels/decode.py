@@ -52,7 +52,7 @@ def reference(
         return F.scaled_dot_product_attention(
             q_BHK.unflatten(1, (J, -1)), k_BJSK, v_BJSK, attn_mask=seen_B11S, scale=scale
         ).flatten(1, 2)
-    # MLA. bmm: einsum takes longer to set up, and torch's kernel to handle a value that is narrower.
+    # MLA. bmm: einsum takes longer to set up, and torch's kernel to take a narrower value.
     scores_BHS = full(torch.bmm(q_BHK * scale, cache_BSX.transpose(1, 2)))
     probs_BHS = scores_BHS.masked_fill_(unseen_BS[:, None], float("-inf")).softmax(-1)
     return torch.bmm(probs_BHS.to(q_BHK.dtype), cache_BSX[..., :C])

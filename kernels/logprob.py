@@ -12,7 +12,8 @@ and its gradient want several such arrays. But a row needs only four numbers of 
     logprob = (l_t - m) - log S,   entropy = log S - R / S
 
 Forward: a program multiplies one tile of rows with one tile of words and leaves m, S and R of that
-tile; l_t is left by the one program that has it. A few torch operations then merge the tiles i of a row, which has m = max m_i:
+tile; l_t is left by the one program that has it. A few torch operations then merge the tiles i of a
+row, which has m = max m_i:
 
     S = sum_i exp(m_i - m) S_i        R = sum_i exp(m_i - m) (R_i + (m_i - m) S_i)
 

@@ -1,5 +1,5 @@
-"""The sampler's cache in pages: an output takes a page when it grows into it, and gives its pages back
-when it ends, so that memory holds what has been written and not what may be (as in vLLM,
+"""The sampler's cache in pages: an output takes a page when it grows into it, and gives its pages
+back when it ends, so that memory holds what has been written and not what may be (as in vLLM,
 2309.06180).
 
 It is no part of the method. Read next: record.py.
