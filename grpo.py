@@ -8,6 +8,7 @@ become likelier, those of one with A < 0 less likely.
     1. group_advantages, kl_estimate, grpo_loss    the equations, as pure functions
     2. rollout    questions -> outputs, with the log-probs they were drawn with -> rewards
     3. step       one optimizer update on a minibatch of a rollout
+    4. reinforce  the loop: rollout, the reference's log-probs, several steps, and again
 
 Why the loss is about 0 and teaches all the same: on the first update after a rollout the policy is
 the one that sampled (on-policy), so every ratio rho = pi / pi_old is 1, and the advantages of a
@@ -34,6 +35,8 @@ Choices where the paper is silent or says two things:
 Read next: train_zero.py.
 """
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,8 +50,12 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
-from sample import Output, generate, judge, spell
-from sft import update
+from runtime.run import Run, check_finite, progress
+from sample import Output, fitting_prompts, generate, judge, spell
+from sft import set_rates, update
+
+# reward(problems, texts, which of them ended by themselves) -> a number for each output
+Reward = Callable[[list[Problem], list[str], list[bool]], list[float]]
 
 
 def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
@@ -187,11 +194,10 @@ class Rollout:
 
 
 def rollout(
-    model: Transformer, tokenizer: Tokenizer, questions: Questions,
-    reward: Callable[[Problem, str, bool], float], settings: Settings, *, seed: int, step: int,
+    model: Transformer, tokenizer: Tokenizer, questions: Questions, reward: Reward,
+    settings: Settings, *, seed: int, step: int,
 ) -> Rollout:  # fmt: skip
-    """Draw a group of outputs for each question and reward them: reward(problem, text, whether the
-    output ended by itself).
+    """Draw a group of outputs for each question and reward them.
 
     Every output draws from its own random stream, (seed, step, number of the question, place in the
     group), so that the batch is the same on any number of processes.
@@ -205,10 +211,8 @@ def rollout(
         routes=settings.replay_routes,
     )  # fmt: skip
     texts = [spell(tokenizer, output) for output in outputs]
-    values = [
-        reward(questions.problems[i // G], text, output.finish == "stop")
-        for i, (text, output) in enumerate(zip(texts, outputs))
-    ]
+    asked = [problem for problem in questions.problems for _ in range(G)]
+    values = reward(asked, texts, [output.finish == "stop" for output in outputs])
     rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(questions.problems), G)
     advantages_PG = group_advantages(rewards_PG, settings.normalize_std)
     batch = Rollout(
@@ -232,9 +236,16 @@ def describe(batch: Rollout) -> dict:
     rows = [row for _, _, group in groups for row in group]
     by_level: dict[int, list[float]] = {}
     for level, _, group in groups:
-        by_level.setdefault(level, []).extend(row["accuracy"] for row in group)
+        known = [row["accuracy"] for row in group if row["accuracy"] is not None]
+        if known:
+            by_level.setdefault(level, []).extend(known)
+
+    def average(key: str) -> float:
+        values = [row[key] for row in rows if row[key] is not None]
+        return mean(values) if values else math.nan
+
     return dict(
-        **{key: mean([row[key] for row in rows]) for key in rows[0]},
+        **{key: average(key) for key in rows[0]},
         groups_without_signal=mean(not signal for _, signal, _ in groups),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
     )
@@ -365,3 +376,82 @@ def members(batch: Rollout, settings: Settings, minibatch: int, minibatches: int
     if settings.mask_truncated:
         chosen = [o for o in chosen if batch.outputs[o].finish == "stop"]
     return chosen
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long, how fast, on how much at a time."""
+
+    steps: int  # updates
+    questions: int  # of a rollout
+    minibatches: int  # updates that follow a rollout
+    lr: float
+    warmup: int  # updates over which the learning rate rises
+    refresh: int  # updates after which the policy becomes the reference
+    save_every: int = 20
+
+
+def reinforce(
+    policy: Transformer, tokenizer: Tokenizer, draw: Callable[[int], list[Problem]], reward: Reward,
+    settings: Callable[[int], Settings], course: Course, run: Run, *, seed: int,
+    template: str | None = None, phase: str = "rl",
+) -> bool:  # fmt: skip
+    """R1 2.2.1 as a loop, from run's last checkpoint of this phase; False where Ctrl-C stopped it.
+
+    draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
+    """
+    reference = copy.deepcopy(policy)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=course.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    state = dict(policy=policy, reference=reference, optimizer=optimizer)
+    done = run.resume(phase, state)
+    with progress(course.steps, "GRPO", initial=done) as bar:
+        while done < course.steps:
+            now = settings(done)
+            asked, skipped = share(draw(done), tokenizer, policy, template, now)
+            # Sample a group of outputs for each question from the old policy, and reward them.
+            with run.phase("rollout") as timer:
+                batch = rollout(policy, tokenizer, asked, reward, now, seed=seed, step=done)
+                written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
+                timer.tokens += written
+            # The reference's log-probs of the same outputs, for the KL.
+            with run.phase("reference") as timer:
+                if now.beta:
+                    timer.tokens += written
+                    batch.ref_logprobs = reference_logprobs(reference, batch, now)
+            # Several updates, the later ones on outputs of a policy that has since moved on.
+            for minibatch in range(min(course.minibatches, course.steps - done)):
+                set_rates([optimizer], min(1.0, (done + 1) / max(1, course.warmup)))
+                with run.phase("update") as timer:
+                    stats = step(policy, optimizer, batch, now, minibatch, course.minibatches)
+                    timer.tokens += stats["tokens_trained"]
+                done += 1
+                for name in ("loss", "grad_norm"):
+                    check_finite(stats[name], done, run.checkpoints(phase), name)
+                if done % course.refresh == 0:  # the rest of this rollout keeps the old one's KL
+                    reference.load_state_dict(policy.state_dict())
+                sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
+                run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
+                bar.update(1)
+            shown = {key: f"{batch.metrics[key]:.2f}" for key in ("reward", "accuracy")}
+            bar.set_postfix(shown, tokens=f"{batch.metrics['tokens']:.0f}")
+            every = course.save_every if done < course.steps else 1  # the end is always saved
+            if not run.goes_on(phase, done, state, every=every):
+                return False
+    return True
+
+
+def share(
+    problems: list[Problem], tokenizer: Tokenizer, model: Transformer, template: str | None,
+    settings: Settings,
+) -> tuple[Questions, int]:  # fmt: skip
+    """This process's share of the questions of one rollout. The batch is the same on any number of
+    processes; questions too long for the context are left out of it, and counted."""
+    prompts, fitting = fitting_prompts(
+        model, tokenizer, problems, template, settings.max_new_tokens
+    )
+    numbers = list(parallel.shard(range(len(fitting))))
+    mine = [fitting[number] for number in numbers]
+    asked = Questions(numbers, [problems[i] for i in mine], [prompts[i] for i in mine])
+    return asked, len(problems) - len(fitting)

@@ -3,7 +3,8 @@
 Where it stands in the paper: section 2.2.2. R1-Zero learns from rules alone, because a learned
 reward model can be fooled by the policy it trains. So can a rule: thousands of outputs per step
 search for its weak spot. Hence one habit throughout: what is ambiguous, unclosed or unreadable
-earns 0. The language reward is R1's (2.3.2); the vote is the evaluation's cons@k.
+earns 0. The language reward is R1's (2.3.2); the vote is the evaluation's cons@k. At the end stand
+the two reward models that R1 learns from preferences (2.3.4), used late and for a short time.
 
 The paper does not report how answers are matched. Here:
   - nothing that a model writes is ever executed: `re` and `fractions` read it all;
@@ -19,9 +20,18 @@ Run: python -m pytest tests/test_rewards.py
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from data.packing import pack
+from model import Transformer
 
 # ---- the final answer ------------------------------------------------------------------
 
@@ -229,7 +239,20 @@ def countdown_equal(expression: str | None, gold: str) -> bool:
 
 # ---- the rewards -----------------------------------------------------------------------
 
-CHECKERS = {"math": math_equal, "countdown": countdown_equal}
+# None: no rule can tell. A model judges these, by its reference or by what people prefer.
+CHECKERS = {"math": math_equal, "countdown": countdown_equal, "judge": None, "helpful": None,
+            "harmless": None}  # fmt: skip
+
+
+def need_rules(problems: Iterable) -> None:
+    """Raises ValueError where a problem's answer can't be checked by a rule."""
+    for problem in problems:
+        if CHECKERS.get(problem.checker) is None:
+            known = ", ".join(name for name, check in CHECKERS.items() if check)
+            raise ValueError(
+                f"no rule checks {problem.question[:60]!r}: its checker is {problem.checker!r}; use"
+                f" one of {known}"
+            )
 
 
 def accuracy_reward(
@@ -253,8 +276,26 @@ def format_reward(response: str, *, think_in_prompt: bool = False) -> float:
     return float(blank and all(filled))
 
 
+def general_format_reward(response: str, *, think_in_prompt: bool = False) -> float:
+    """For general prompts: the same, or a plain answer, for what needs no reasoning (R1 2.3.3)."""
+    plain = bool(response.strip()) and not think_in_prompt and not TAG.search(response)
+    return 1.0 if plain else format_reward(response, think_in_prompt=think_in_prompt)
+
+
+def summary(response: str, *, think_in_prompt: bool = False) -> str:
+    """What the user reads: all that stands outside of the reasoning, without the answer's tags.
+    Nothing, where the reasoning has no clear end."""
+    _, text = split_reasoning(response, think_in_prompt)
+    return ANSWER_TAG.sub(" ", text or "").strip()
+
+
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LANGUAGES = {"en": "A-Za-z\u00c0-\u024f", "zh": HAN}  # the letters of each language's script
+
+
+def language_of(text: str) -> str:
+    """ "zh" where there is any Chinese, otherwise "en"."""
+    return "zh" if re.search(f"[{HAN}]", text) else "en"
 
 
 def language_reward(response: str, language: str, *, think_in_prompt: bool = False) -> float:
@@ -299,3 +340,50 @@ def majority(answers: list[str | None], check: Callable = math_equal) -> str | N
         leader = next((other for other in groups if check(answer, other)), answer)
         groups[leader] = groups.get(leader, 0) + votes
     return max(groups, key=groups.__getitem__, default=None)
+
+
+# ---- learned rewards (R1 2.3.4), for what no rule can check ------------------------------
+
+
+class RewardModel(nn.Module):
+    """A language model that ends in one number in place of the next word: what a whole text is
+    worth, read at its last token."""
+
+    def __init__(self, trunk: Transformer):
+        super().__init__()
+        self.trunk = trunk
+        weight = trunk.lm_head.weight
+        self.head = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device)
+        nn.init.zeros_(self.head.weight)  # at first all texts are worth the same
+
+    def forward(self, texts: Sequence[list[int]], row_tokens: int = 256) -> Tensor:
+        """One number for each of the texts, which are tokens."""
+        device = self.head.weight.device
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        packed = pack(texts, max(row_tokens, int(lengths.max())), device)
+        hidden_BTD, _ = self.trunk.hidden(packed.tokens_BT, packed.positions_BT)
+        last_BT = packed.positions_BT == lengths[packed.documents_BT.clamp(min=0)] - 1
+        last_BT &= packed.documents_BT >= 0
+        scores = self.head(hidden_BTD[last_BT].to(self.head.weight.dtype))[:, 0]
+        return torch.empty_like(scores).index_copy(0, packed.documents_BT[last_BT], scores)
+
+    def head_files(self) -> dict[str, bytes]:
+        """The head, as a file beside those of the trunk."""
+        return {"reward_head.safetensors": save({"weight": self.head.weight.detach().cpu()})}
+
+    @classmethod
+    def load(cls, trunk: Transformer, directory: Path) -> "RewardModel":
+        model = cls(trunk)
+        model.head.load_state_dict(load_file(directory / "reward_head.safetensors"))
+        return model
+
+
+def pairwise_loss(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
+    """Bradley and Terry (1952): the chosen text wins with probability sigmoid(chosen - rejected).
+    N losses. R1's model of helpfulness; only differences mean anything."""
+    return -F.logsigmoid(chosen_N - rejected_N)
+
+
+def pointwise_loss(scores_N: Tensor, good_N: Tensor) -> Tensor:
+    """Each text by itself: good (1) with probability sigmoid(score). R1's model of safety."""
+    return F.binary_cross_entropy_with_logits(scores_N, good_N.to(scores_N), reduction="none")

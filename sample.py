@@ -16,6 +16,7 @@ Read next: rewards.py, then grpo.py.
 """
 
 import codecs
+import json
 import math
 import operator
 import sys
@@ -42,7 +43,7 @@ from runtime import parallel
 from runtime.pages import Pages
 from runtime.pretrained import load_pretrained
 from runtime.record import Captured, Recorded, Step
-from runtime.run import UserError, flag, launch, parse, pick_device, progress, usable_dtype
+from runtime.run import Run, UserError, flag, launch, parse, pick_device, progress, usable_dtype
 
 
 @dataclass
@@ -398,6 +399,54 @@ def evaluate(
     return summarize(parallel.gather_list(groups), samples, skipped=len(problems) - len(fitting))
 
 
+def measure(
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], run: Run, name: str, *,
+    samples: int, seed: int, step: int = 0, **settings,
+) -> dict:  # fmt: skip
+    """For a recipe: evaluate a model as RL samples it (T = 1, top-p 1), and greedy, into run's
+    evaluation_NAME.json; on resuming, read back what was found after the same step."""
+    file = run.out / f"evaluation_{name}.json"
+    if file.exists():
+        saved = json.loads(file.read_text())
+        if saved["step"] == step:
+            return saved["result"]
+    run.rewind(f"evaluate {name}", -1)
+    with run.phase("evaluate") as timer:
+        result = evaluate(
+            model, tokenizer, problems, samples=samples, temperature=1.0, top_p=1.0, seed=seed,
+            title=f"evaluate {name}", **settings,
+        )  # fmt: skip
+        greedy = evaluate(
+            model, tokenizer, problems, samples=1, temperature=0.0, seed=seed, title="greedy",
+            **settings,
+        )  # fmt: skip
+        timer.tokens += round(result["tokens"] * result["problems"] * result["samples"])
+    result["greedy"] = greedy["pass@1"]
+    run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
+    run.save_json(file.name, dict(step=step, result=result))
+    solved = result[f"pass@{samples}"]
+    if solved < 0.05 and parallel.is_main():
+        print(
+            f"{name}: {solved:.1%} of the questions are ever solved in {samples}"
+            f" outputs ({result['unparsed']:.0%} of these had no answer that could be read,"
+            f" {result['truncated']:.0%} were cut off). Where all outputs of a question are equally"
+            " wrong, accuracy gives RL nothing to reinforce: it needs a base that solves some of"
+            " the questions sometimes."
+        )
+    return result
+
+
+def open_model(directory: str, device: str, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
+    """A model directory, to train: in the dtype given, wherever it can be used."""
+    # Not in bf16 even where it is stored so: AdamW's steps of 1e-6 would vanish in its rounding.
+    place = pick_device(device)
+    model = load_pretrained(directory, dtype=usable_dtype(dtype, place), device=place)
+    try:
+        return model, Tokenizer.load(directory)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def fitting_prompts(
     model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], template: str | None,
     max_new_tokens: int,
@@ -422,14 +471,16 @@ def spell(tokenizer: Tokenizer, output: Output) -> str:
     return tokenizer.decode(output.tokens[:-1] if output.finish == "stop" else output.tokens)
 
 
-def judge(problem: Problem, text: str, output: Output) -> dict[str, float]:
+def judge(problem: Problem, text: str, output: Output) -> dict[str, float | None]:
     """What one output is worth. One that was cut off has not answered: it earns nothing, whatever
-    its text looks like so far."""
+    its text looks like so far. The accuracy is None where no rule can tell."""
     finished = output.finish == "stop"
     answer = rewards.extract_answer(text) if finished else None
+    check = rewards.CHECKERS[problem.checker]
     return dict(
-        accuracy=float(rewards.CHECKERS[problem.checker](answer, problem.answer)),
+        accuracy=None if check is None else float(check(answer, problem.answer)),
         format=rewards.format_reward(text) if finished else 0.0,
+        language=rewards.language_reward(text, problem.language),
         tokens=float(len(output.tokens)),
         reflection=float(rewards.reflections(text) > 0),
         truncated=float(not finished),
@@ -523,6 +574,7 @@ def main(config: Config) -> None:
     tokenizer = Tokenizer.load(config.model)
     if config.data is not None:
         problems = load(config.data, all_held_out=True).held_out(config.limit)
+        rewards.need_rules(problems)
         result = evaluate(
             model, tokenizer, problems, samples=config.samples,
             max_new_tokens=config.max_new_tokens, temperature=config.temperature,

@@ -5,6 +5,11 @@
 with one weight w for all tokens of the batch, so that the update is the same however the batch is
 cut into micro-batches or spread over processes.
 
+    1. sft_loss, sft_step, update      the step
+    2. pretrain_toy                    the toy's base, with Muon, and the gate that it has to pass
+    3. finetune, learn_answers         epochs over examples: cold start, the third stage, students
+    4. collect, verdict                rejection sampling: which outputs become examples
+
 Where it stands: DeepSeek-R1 2.3.1, 2.3.3 and 2.4; the report on DeepSeek-V3 2.1.2 and 2.2 for the
 balance and the multi-token losses.
 
@@ -15,23 +20,34 @@ Departures from the paper:
 Read next: data/corpus.py (what the toy's base reads).
 """
 
+import json
 import math
+import operator
 import random
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from data.corpus import Chain, Corpus, work
+import rewards
+from data.corpus import WORDS, Chain, Corpus, Mix, prose, work
 from data.packing import Packed, pack
-from data.prompts import build_prompt
+from data.problems import Generated, Listed, Problem
+from data.prompts import build_judgement, build_prompt
 from data.tokenizer import Tokenizer
 from model import Config, MoE, Routing, Transformer, balance_loss
 from runtime import parallel
 from runtime.pretrained import load_pretrained, save_pretrained
-from runtime.run import Run, UserError, check_finite, progress
+from runtime.run import Run, UserError, check_finite, progress, write_file
+from sample import fitting_prompts, generate, spell
+
+T = TypeVar("T")
 
 
 def cosine(step: int, steps: int, lr: float, final: float, warmup: int = 0) -> float:
@@ -243,19 +259,19 @@ COMPETENT = 0.97  # share of single steps right; all bases of the published runs
 
 def pretrain_toy(
     tokenizer: Tokenizer, run: Run, *, seed: int, steps: int, force: bool, device: torch.device,
-    dtype: torch.dtype = torch.float32, tokens: int = 2048,
+    dtype: torch.dtype = torch.float32, tokens: int = 2048, mix: Mix = Mix(), preset: str = "toy",
 ) -> Transformer | None:  # fmt: skip
     """The toy's base, from random weights and the corpus of data/corpus.py, in run.out/base; None
     where Ctrl-C stopped it. Raises UserError for a base that is not competent, unless forced."""
     if (run.out / "base").is_dir():
         return load_pretrained(run.out / "base", device=device, dtype=dtype)
-    model = Transformer(Config.preset("toy", vocab_size=tokenizer.vocab_size))
+    model = Transformer(Config.preset(preset, vocab_size=tokenizer.vocab_size))
     initialize_small(model, seed)
     model.to(device, dtype)
     optimizers = small_optimizers(model, muon_lr=0.02, adam_lr=0.02)
     parts = dict(model=model, muon=optimizers[0], adam=optimizers[1])
     done = run.resume("pretrain", parts)
-    corpus = Corpus(seed, steps)
+    corpus = Corpus(seed, steps, mix)
     objective = Objective(bias_step=0.001, rows=16)
     with progress(steps, "pretrain", initial=done) as bar:
         while done < steps:
@@ -275,7 +291,7 @@ def pretrain_toy(
                 run.log(phase="pretrain", step=done, **shown, **run.timing())
             if not run.goes_on("pretrain", done, parts, every=200):
                 return None
-    check_competence(model, tokenizer, run, seed, force)
+    check_competence(model, tokenizer, run, seed, force, mix)
     save_pretrained(model, run.out / "base", tokenizer_files=tokenizer.files())
     return model
 
@@ -293,7 +309,7 @@ def documents(corpus: Corpus, tokenizer: Tokenizer, step: int, tokens: int) -> l
 
 @torch.no_grad()
 def check_competence(
-    model: Transformer, tokenizer: Tokenizer, run: Run, seed: int, force: bool
+    model: Transformer, tokenizer: Tokenizer, run: Run, seed: int, force: bool, mix: Mix = Mix()
 ) -> None:
     """Can the base do one step of a solution? Along the right solutions of held-out problems, its
     greedy next token should be each step's operation, copied from the question, and its value.
@@ -301,10 +317,7 @@ def check_competence(
     Not whether it goes on to the end, nor whether it begins at all: that is left to RL.
     """
     device = model.lm_head.weight.device
-    chains = [chain for chain in random_chains(seed) if chain.held_out()]
-    texts = [
-        f"{build_prompt(chain.question(), 'toy')} <think> first {work(chain)}" for chain in chains
-    ]
+    texts = solutions(seed, mix)
     batch = pack([tokenizer.encode(text) for text in texts], capacity=128, device=device)
     predicted_BT = model(batch.tokens_BT, batch.positions_BT).argmax(-1)
     right_BT = predicted_BT[:, :-1] == batch.tokens_BT[:, 1:]
@@ -326,6 +339,317 @@ def check_competence(
         print(f"the base gets {share:.1%} of single steps right")
 
 
-def random_chains(seed: int, count: int = 2000) -> list[Chain]:
-    rng = random.Random(f"competence {seed}")
-    return [Chain.random(rng.randint(2, 10), rng) for _ in range(count)]
+def solutions(seed: int, mix: Mix, count: int = 2000) -> list[str]:
+    """The held-out ones of `count` random problems, each with its solution."""
+    rng, texts = random.Random(f"competence {seed}"), []
+    for number in range(count):
+        chain = Chain.random(rng.randint(2, mix.longest), rng)
+        language = "zh" if mix.chinese and number % 2 else "en"
+        thoughts = f"{WORDS[language]['first']} {work(chain)}"
+        if mix.prose:
+            thoughts = prose(thoughts, language, rng)
+        if chain.held_out():
+            texts.append(f"{build_prompt(chain.question(language), 'toy')} <think> {thoughts}")
+    return texts
+
+
+# ---- fine-tuning ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a stage goes through its examples; R1's settings."""
+
+    epochs: int = 2  # R1: 2 to 3
+    batch: int = 128  # examples of an update
+    lr: float = 5e-5
+    final_lr: float = 5e-6  # along a cosine
+    warmup: int = 0
+    row_tokens: int = 32768  # examples are packed into rows of so many tokens
+    save_every: int = 100
+
+
+class Example(NamedTuple):
+    prompt: list[int]
+    answer: list[int]  # the part that is learned, the stop token included
+
+
+def finetune(
+    model: nn.Module, examples: Sequence[T], learn: Callable[..., Report], tuning: Tuning, run: Run,
+    phase: str, seed: int, until: int | None = None,
+) -> bool:  # fmt: skip
+    """Epochs over the examples, from run's last checkpoint of this phase; False where Ctrl-C
+    stopped it. learn(optimizers, examples of a batch) makes one update: `learn_answers`, say.
+    until: stop after so many updates, saved, for another call to go on."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=tuning.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    state = dict(model=model, optimizer=optimizer)
+    done = run.resume(phase, state)
+    batches = -(-len(examples) // tuning.batch)  # of an epoch
+    steps, order, shuffled = tuning.epochs * batches, [], -1
+    last = steps if until is None else min(until, steps)
+    with progress(steps, phase, initial=done) as bar:
+        while done < last:
+            epoch, place = divmod(done, batches)
+            if shuffled != epoch:
+                rng = random.Random(f"{phase} {seed} {epoch}")
+                order, shuffled = rng.sample(range(len(examples)), len(examples)), epoch
+            chosen = order[place * tuning.batch : (place + 1) * tuning.batch]
+            final = tuning.final_lr / tuning.lr
+            set_rates([optimizer], cosine(done, steps, 1.0, final, tuning.warmup))
+            with run.phase("sft") as timer:
+                report = learn([optimizer], [examples[i] for i in chosen])
+                timer.tokens += report.tokens
+            done += 1
+            for name in ("loss", "grad_norm"):
+                check_finite(getattr(report, name), done, run.checkpoints(phase), name)
+            bar.update(1)
+            bar.set_postfix(loss=f"{report.loss:.3f}")
+            if done % 10 == 0 or done == last:
+                shown = dict(loss=report.loss, grad_norm=report.grad_norm, tokens=report.tokens)
+                run.log(phase=phase, step=done, epoch=done / batches, **shown, **run.timing())
+            every = 1 if done == until else tuning.save_every
+            if not run.goes_on(phase, done, state, every=every):
+                return False
+    return True
+
+
+def example(tokenizer: Tokenizer, prompt: str, response: str, template: str) -> Example:
+    answer = tokenizer.encode(f" {response.strip()}") + [tokenizer.eos_token_id]
+    return Example(tokenizer.encode(build_prompt(prompt, template)), answer)
+
+
+def learn_answers(model: Transformer, tuning: Tuning, micro_tokens: int) -> Callable[..., Report]:
+    """For `finetune`: the loss over the answers' tokens of a batch of Examples."""
+
+    def learn(optimizers: list[torch.optim.Optimizer], batch: Sequence[Example]) -> Report:
+        mine = parallel.shard(batch)
+        documents = [example.prompt + example.answer for example in mine]
+        capacity = max(tuning.row_tokens, *map(len, documents), 1)
+        packed = pack(documents, capacity, model.lm_head.weight.device)
+        starts = torch.tensor([len(example.prompt) for example in mine] or [0])
+        starts_BT = starts.to(packed.positions_BT.device)[packed.documents_BT.clamp(min=0)]
+        rows = max(1, micro_tokens // max(1, packed.tokens_BT.shape[1]))
+        mask_BT = packed.positions_BT >= starts_BT
+        return sft_step(model, optimizers, packed, mask_BT, Objective(rows=rows))
+
+    return learn
+
+
+def learn_rows(
+    model: nn.Module, losses: Callable[[Sequence[T]], Tensor], at_once: int
+) -> Callable[..., Report]:
+    """For `finetune`: the mean of losses(rows), one for each of a batch's rows, at_once of them in
+    a forward pass."""
+
+    def learn(optimizers: list[torch.optim.Optimizer], batch: Sequence[T]) -> Report:
+        mine, report = parallel.shard(batch), Report()
+        for start in range(0, len(mine), at_once):
+            loss = losses(mine[start : start + at_once]).sum() / len(batch)
+            loss.backward()
+            report.loss += float(loss.detach())
+        report.loss = float(parallel.all_sum(report.loss))
+        report.grad_norm = update(model, optimizers, Objective().max_grad_norm)
+        return report
+
+    return learn
+
+
+# ---- rejection sampling --------------------------------------------------------------------
+
+WORD = re.compile(rf"[{rewards.HAN}]|[^\s{rewards.HAN}]+")  # or one Chinese character
+VERDICTS = ("kept", "cut off", "wrong", "mixed", "repeated", "too long", "code", "twice", "no room")
+
+
+@dataclass(frozen=True)
+class Readable:
+    """What a person likes to read (R1 2.3.1, 2.3.3). The limits are not reported."""
+
+    least_consistency: float = 0.95  # of the reasoning's words, in the question's language
+    longest_paragraph: int = 300  # words, or Chinese characters
+    most_repeats: int = 3  # times that the same ten words in a row may stand in a text
+
+
+def verdict(
+    problem: Problem, text: str, finished: bool, correct: bool | None, readable: Readable
+) -> str:
+    """ "kept", or the first reason to drop an output. correct: what a judge says, None to apply the
+    problem's rule."""
+    if not finished:
+        return "cut off"
+    if correct is None:
+        check = rewards.CHECKERS[problem.checker]
+        correct = rewards.accuracy_reward(text, problem.answer, check) == 1
+    if not correct or not rewards.format_reward(text):
+        return "wrong"
+    if rewards.language_reward(text, problem.language) < readable.least_consistency:
+        return "mixed"
+    if "```" in text:
+        return "code"
+    words = WORD.findall(text)
+    tens = Counter(zip(*(words[i:] for i in range(10))))
+    if max(tens.values(), default=0) > readable.most_repeats:
+        return "repeated"
+    longest = max(len(WORD.findall(paragraph)) for paragraph in text.split("\n"))
+    return "too long" if longest > readable.longest_paragraph else "kept"
+
+
+def collect(
+    model: Transformer, tokenizer: Tokenizer, source: Generated | Listed, file: Path, run: Run, *,
+    questions: int, samples: int, judge: Callable[..., list[str]], temperature: float, top_p: float,
+    max_new_tokens: int, seed: int, template: str | None, slots: int, chunk: int = 64,
+) -> list[dict] | None:  # fmt: skip
+    """What the model answers to `questions` questions, `samples` times each, with a verdict:
+    judge(problems, texts, finished) -> "kept" or why not. None where Ctrl-C stopped it.
+
+    It goes into a file, a line of JSON for each output, chunk by chunk; a killed run goes on after
+    the last whole chunk. The same answer to the same question is kept once.
+    """
+    rows = []
+    if parallel.is_main():
+        rows = read_rows(file, whole=chunk * samples, total=questions * samples)
+    done = parallel.all_sum(len(rows)) // samples
+    with progress(questions, f"sample {file.stem}", initial=done) as bar:
+        while done < questions:
+            count = min(chunk, questions - done)
+            problems = source.batch(chunk, seed=seed, step=done // chunk)[:count]
+            with run.phase("sample") as timer:
+                found = answers(
+                    model, tokenizer, problems, samples, judge, template=template, slots=slots,
+                    temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
+                    first=done * samples,
+                )  # fmt: skip
+                timer.tokens += sum(row["tokens"] for row in found)
+            done += count
+            if parallel.is_main():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as out:
+                    out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+            bar.update(count)
+            if run.stopping and done < questions:
+                return None
+    run.log(phase=f"sample {file.stem}", step=done, **run.timing())
+    parallel.barrier()
+    return read_rows(file)
+
+
+def answers(
+    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
+    judge: Callable[..., list[str]], *, template: str | None, max_new_tokens: int, first: int,
+    **sampling,
+) -> list[dict]:  # fmt: skip
+    """The rows of one chunk, in the order of the questions, on all processes."""
+    prompts, fitting = fitting_prompts(model, tokenizer, problems, template, max_new_tokens)
+    mine = parallel.shard(fitting)
+    outputs = generate(
+        model, [prompts[i] for i in mine for _ in range(samples)], max_new_tokens=max_new_tokens,
+        stop=(tokenizer.eos_token_id,), **sampling,
+        rows=[first + i * samples + k for i in mine for k in range(samples)],
+    )  # fmt: skip
+    asked = [problems[i] for i in mine for _ in range(samples)]
+    texts = [spell(tokenizer, output) for output in outputs]
+    said = judge(asked, texts, [output.finish == "stop" for output in outputs])
+    groups, seen = [], set()
+    for j in range(len(mine)):
+        group = []
+        for k in range(j * samples, (j + 1) * samples):
+            told = asked[k].question, texts[k].strip()
+            why = "twice" if said[k] == "kept" and told in seen else said[k]
+            seen.add(told)
+            group.append(row(asked[k], texts[k].strip(), len(outputs[k].tokens), why))
+        groups.append(group)
+    found = dict(zip(fitting, parallel.gather_list(groups)))
+    none = {i: [row(problems[i], "", 0, "no room")] * samples for i in range(len(problems))}
+    return [each for i in range(len(problems)) for each in found.get(i, none[i])]
+
+
+def row(problem: Problem, response: str, tokens: int, verdict: str) -> dict:
+    return dict(question=problem.question, answer=problem.answer, language=problem.language,
+                checker=problem.checker, response=response, tokens=tokens, verdict=verdict)  # fmt: skip
+
+
+@torch.no_grad()
+def judge_answers(
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem],
+    answers: Sequence[str | None], template: str, at_once: int = 64,
+) -> list[bool]:  # fmt: skip
+    """The model as generative reward model (R1 2.3.3): whether, asked if an answer is the same as
+    the reference, it finds yes likelier than no. No answer is never right."""
+    given = [i for i, answer in enumerate(answers) if answer]
+    likely = {}
+    for word in (" yes", " no"):
+        said, logprobs = tokenizer.encode(word), []
+        for start in range(0, len(given), at_once):
+            texts = []
+            for i in given[start : start + at_once]:
+                reference = problems[i].question, problems[i].answer
+                texts.append(tokenizer.encode(build_judgement(*reference, answers[i], template)))
+            logprobs += ending_logprobs(model, [text + said for text in texts], len(said))
+        likely[word] = logprobs
+    right = dict(zip(given, map(operator.gt, likely[" yes"], likely[" no"])))
+    return [right.get(i, False) for i in range(len(answers))]
+
+
+def ending_logprobs(model: Transformer, texts: list[list[int]], last: int) -> list[float]:
+    """The log-probability of the last tokens of each text."""
+    packed = pack(texts, max(256, *map(len, texts)), model.lm_head.weight.device)
+    lengths = torch.tensor([len(text) for text in texts], device=packed.tokens_BT.device)
+    number_BT = packed.documents_BT.clamp(min=0)
+    mask_BT = (packed.positions_BT >= lengths[number_BT] - last) & (packed.documents_BT >= 0)
+    logprobs_N, *_ = model.logprobs(packed.tokens_BT, packed.positions_BT, mask_BT)
+    sums = logprobs_N.new_zeros(len(texts)).index_add(0, number_BT[mask_BT], logprobs_N)
+    return sums.tolist()
+
+
+def write_rows(file: Path, rows: Sequence[dict]) -> None:
+    """A file of JSON lines, whole or not at all."""
+    if parallel.is_main():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_file(file, "".join(lines).encode())
+    parallel.barrier()
+
+
+def read_rows(
+    file: Path, fields: Sequence[str] = (), *, whole: int = 0, total: int = 0
+) -> list[dict]:
+    """The JSON lines of a file. whole: cut off what follows the last whole chunk of so many lines,
+    which a killed run has left, unless all `total` are there. Raises FileNotFoundError, or
+    UserError with file and line for what is no JSON object with these fields."""
+    if whole and not file.exists():
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    if whole and (rest or len(lines) != total):
+        lines = lines[: len(lines) // whole * whole]
+        write_file(file, b"".join(line + b"\n" for line in lines))
+    elif rest:
+        lines.append(rest)  # somebody's own file, without a line break at its end
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: {error}; expected a JSON object") from None
+        missing = [field for field in fields if not isinstance(found, dict) or field not in found]
+        if missing or not isinstance(found, dict):
+            fields = fields or ("one",)
+            raise UserError(
+                f"{file}:{number}: found {line[:60].decode(errors='replace')!r}; expected a JSON"
+                f" object with {', '.join(fields)}"
+            )
+        rows.append(found)
+    return rows
+
+
+def count_verdicts(rows: list[dict], name: str, run: Run) -> list[dict]:
+    """Log and print how many were dropped, and why; the kept ones."""
+    counts = Counter(row["verdict"] for row in rows)
+    counts = {key: counts[key] for key in VERDICTS if counts[key] or key == "kept"}
+    run.rewind(f"filter {name}", -1)
+    run.log(phase=f"filter {name}", step=0, outputs=len(rows), **counts)
+    if parallel.is_main():
+        shown = ", ".join(f"{key} {count}" for key, count in counts.items())
+        print(f"{name}: of {len(rows)} outputs {shown}")
+    return [row for row in rows if row["verdict"] == "kept"]

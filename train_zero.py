@@ -22,9 +22,7 @@ Departures from the paper, besides size:
 Read next: sft.py (how the toy's base is made), bench/zero.py (five seeds and two controls).
 """
 
-import copy
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +31,7 @@ import torch
 import grpo
 import rewards
 import sft
+from data.corpus import BILINGUAL, Mix
 from data.problems import Generated, Listed, Problem, load
 from data.prompts import build_prompt
 from data.tokenizer import Tokenizer
@@ -40,17 +39,19 @@ from model import Config as ModelConfig
 from model import Transformer
 from runtime import parallel
 from runtime.plot import draw_curve
-from runtime.pretrained import load_pretrained, save_pretrained
+from runtime.pretrained import save_pretrained
 from runtime.run import (
-    Run, UserError, check_finite, flag, launch, parse, pick_device, progress, usable_dtype,
+    Run, UserError, flag, launch, parse, pick_device,
 )  # fmt: skip
-from sample import evaluate, fitting_prompts, table
+from sample import measure, open_model, table
 
 
 @dataclass(frozen=True)
 class Config:
     model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
-    data: str = flag("calc-chain", "questions: calc-chain, countdown or a JSONL file")
+    data: str = flag(
+        "calc-chain", "questions: calc-chain, bilingual-chain, countdown or a JSONL file"
+    )
     test_data: str | None = flag(
         None, "JSONL file to evaluate on (default: held-out part of --data)"
     )
@@ -103,10 +104,10 @@ class Config:
             if getattr(self, name) < 1:
                 flag_name = name.replace("_", "-")
                 raise UserError(f"--{flag_name} {getattr(self, name)}: at least 1")
-        if self.model is None and self.data != "calc-chain":
+        if self.model is None and self.data not in CORPORA:
             raise UserError(
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
-                " knows calc-chain only"
+                f" knows {' and '.join(CORPORA)} only"
             )
         if self.minibatches > self.questions:
             raise UserError(
@@ -122,6 +123,7 @@ class Config:
         grpo_settings(self, done=0)  # and so does this for what concerns GRPO
 
 
+CORPORA = {"calc-chain": Mix(), "bilingual-chain": BILINGUAL}  # what a toy base reads for its task
 MAY_CHANGE = ("steps", "save_every", "force", "slots", "micro_tokens")  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
           "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_tokens")  # fmt: skip
@@ -129,6 +131,7 @@ REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=40
             eval_samples=4)  # fmt: skip
 PRESETS = {
     "toy": {},
+    "bilingual": dict(data="bilingual-chain", out="runs/zero-bilingual", pretrain_steps=1600, steps=120),
     "countdown": {**REAL, "data": "countdown", "out": "runs/countdown"},
     "gsm8k": {**REAL, "data": "train.jsonl", "out": "runs/gsm8k"},
     # The published settings: 32 questions x 16 outputs a step, 16 steps for each rollout.
@@ -153,18 +156,19 @@ PRESETS = {
 
 def main(config: Config) -> None:
     source, held_out = questions(config)
-    given = load_base(config) if config.model else None
+    given = None
+    if config.model:
+        given = open_model(config.model, config.device, getattr(torch, config.dtype))
     check_context(config, given[0].config if given else ModelConfig.preset("toy"))
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
     model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
-    base = measure(model, tokenizer, held_out, config, run, "base")
-    model = reinforce(model, tokenizer, source, config, run)
-    if model is None:
+    base = assess(model, tokenizer, held_out, config, run, "base")
+    if not reinforce(model, tokenizer, source, config, run):
         return
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
-    zero = measure(model, tokenizer, held_out, config, run, "zero", step=config.steps)
+    zero = assess(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
 
 
@@ -173,7 +177,9 @@ def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
     try:
         source = load(config.data)
         test = source if config.test_data is None else load(config.test_data, all_held_out=True)
-        return source, test.held_out(config.eval_problems)
+        held_out = test.held_out(config.eval_problems)
+        rewards.need_rules([*held_out, *getattr(source, "train", [])])
+        return source, held_out
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -187,22 +193,12 @@ def check_context(config: Config, model: ModelConfig) -> None:
         )
 
 
-def load_base(config: Config) -> tuple[Transformer, Tokenizer]:
-    # Not in bf16 even where it is stored so: AdamW's steps of 1e-6 would vanish in its rounding.
-    device = pick_device(config.device)
-    dtype = usable_dtype(getattr(torch, config.dtype), device)
-    model = load_pretrained(config.model, dtype=dtype, device=device)
-    try:
-        return model, Tokenizer.load(config.model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def pretrain_base(config: Config, run: Run) -> tuple[Transformer | None, Tokenizer]:
     """The toy's own base; None where Ctrl-C stopped its pretraining."""
-    tokenizer = Tokenizer.toy()
+    mix = CORPORA[config.data]
+    tokenizer = Tokenizer.toy(bilingual=mix.chinese > 0)
     model = sft.pretrain_toy(
-        tokenizer, run, seed=config.seed, steps=config.pretrain_steps, force=config.force,
+        tokenizer, run, seed=config.seed, steps=config.pretrain_steps, force=config.force, mix=mix,
         device=pick_device(config.device), dtype=getattr(torch, config.dtype),
     )  # fmt: skip
     return model, tokenizer
@@ -213,53 +209,21 @@ def pretrain_base(config: Config, run: Run) -> tuple[Transformer | None, Tokeniz
 
 def reinforce(
     policy: Transformer, tokenizer: Tokenizer, source: Generated | Listed, config: Config, run: Run
-) -> Transformer | None:
-    """R1 2.2.1 as a loop; None where stopped."""
-    reference = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    reward = reward_rule(config)
-    state = dict(policy=policy, reference=reference, optimizer=optimizer)
-    done = run.resume("rl", state)
-    with progress(config.steps, "GRPO", initial=done) as bar:
-        while done < config.steps:
-            settings = grpo_settings(config, done)
-            asked, skipped = ask(source, tokenizer, policy, config, done, settings)
-            # Sample a group of outputs for each question from the old policy, and reward them.
-            with run.phase("rollout") as timer:
-                batch = grpo.rollout(
-                    policy, tokenizer, asked, reward, settings, seed=config.seed, step=done
-                )
-                written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
-                timer.tokens += written
-            # The reference's log-probs of the same outputs, for the KL.
-            with run.phase("reference") as timer:
-                if config.beta:
-                    timer.tokens += written
-                    batch.ref_logprobs = grpo.reference_logprobs(reference, batch, settings)
-            # Several updates, the later ones on outputs of a policy that has since moved on.
-            for minibatch in range(min(config.minibatches, config.steps - done)):
-                sft.set_rates([optimizer], min(1.0, (done + 1) / max(1, config.warmup)))
-                with run.phase("update") as timer:
-                    stats = grpo.step(
-                        policy, optimizer, batch, settings, minibatch, config.minibatches
-                    )
-                    timer.tokens += stats["tokens_trained"]
-                done += 1
-                for name in ("loss", "grad_norm"):
-                    check_finite(stats[name], done, run.checkpoints("rl"), name)
-                if done % config.refresh == 0:  # the rest of this rollout keeps the old one's KL
-                    reference.load_state_dict(policy.state_dict())
-                sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
-                run.log(phase="rl", step=done, **stats, **sampled, **run.timing())
-                bar.update(1)
-            bar.set_postfix(
-                accuracy=f"{batch.metrics['accuracy']:.2f}", tokens=f"{batch.metrics['tokens']:.0f}"
-            )
-            if not run.goes_on("rl", done, state, every=config.save_every):
-                return None
-    return policy
+) -> bool:
+    """False where stopped."""
+    course = grpo.Course(
+        steps=config.steps, questions=config.questions, minibatches=config.minibatches,
+        lr=config.lr, warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
+    )  # fmt: skip
+
+    def draw(done: int) -> list[Problem]:
+        rollouts = -(-done // config.minibatches)
+        return source.batch(config.questions, seed=config.seed, step=rollouts)
+
+    return grpo.reinforce(
+        policy, tokenizer, draw, reward_rule(config), lambda done: grpo_settings(config, done),
+        course, run, seed=config.seed, template=config.template,
+    )  # fmt: skip
 
 
 def grpo_settings(config: Config, done: int) -> grpo.Settings:
@@ -274,23 +238,7 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
     )  # fmt: skip
 
 
-def ask(
-    source: Generated | Listed, tokenizer: Tokenizer, model: Transformer, config: Config, done: int,
-    settings: grpo.Settings,
-) -> tuple[grpo.Questions, int]:  # fmt: skip
-    """This process's share of the questions of one rollout. The batch is the same on any number of
-    processes; questions too long for the context are left out of it, and counted."""
-    problems = source.batch(config.questions, seed=config.seed, step=-(-done // config.minibatches))
-    prompts, fitting = fitting_prompts(
-        model, tokenizer, problems, config.template, settings.max_new_tokens
-    )
-    numbers = list(parallel.shard(range(len(fitting))))
-    mine = [fitting[number] for number in numbers]
-    asked = grpo.Questions(numbers, [problems[i] for i in mine], [prompts[i] for i in mine])
-    return asked, len(problems) - len(fitting)
-
-
-def reward_rule(config: Config):
+def reward_rule(config: Config) -> grpo.Reward:
     """R1 2.2.2: accuracy and format, equally weighted. The controls are told less, or nothing."""
 
     def rules(problem: Problem, response: str, finished: bool) -> float:
@@ -308,55 +256,22 @@ def reward_rule(config: Config):
         told = f"{config.seed} {problem.question} {response}"
         return float(hashlib.sha256(told.encode()).digest()[0] % 2)
 
-    return {"rules": rules, "format": only_format, "random": coin}[config.reward]
+    rule = {"rules": rules, "format": only_format, "random": coin}[config.reward]
+    return lambda *batch: [rule(*output) for output in zip(*batch)]
 
 
 # ---- evaluation ----------------------------------------------------------------------------
 
 
-def measure(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    config: Config,
-    run: Run,
-    name: str,
-    step: int = 0,
-) -> dict:
-    """Evaluate a model as RL samples it (T = 1, top-p 1), and greedy; on resuming, read back what
-    was found after the same step."""
-    file = run.out / f"evaluation_{name}.json"
-    if file.exists():
-        saved = json.loads(file.read_text())
-        if saved["step"] == step:
-            return saved["result"]
-    run.rewind(f"evaluate {name}", -1)
-    common = dict(
+def assess(
+    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], config: Config, run: Run,
+    name: str, step: int = 0,
+) -> dict:  # fmt: skip
+    return measure(
+        model, tokenizer, problems, run, name, step=step, samples=config.eval_samples,
         max_new_tokens=grpo_settings(config, step).max_new_tokens, seed=config.seed,
         template=config.template, slots=config.slots,
     )  # fmt: skip
-    with run.phase("evaluate") as timer:
-        result = evaluate(
-            model, tokenizer, problems, samples=config.eval_samples, temperature=1.0, top_p=1.0,
-            title=f"evaluate {name}", **common,
-        )  # fmt: skip
-        greedy = evaluate(
-            model, tokenizer, problems, samples=1, temperature=0.0, title="greedy", **common
-        )
-        timer.tokens += round(result["tokens"] * result["problems"] * result["samples"])
-    result["greedy"] = greedy["pass@1"]
-    run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
-    run.save_json(file.name, dict(step=step, result=result))
-    solved = result[f"pass@{config.eval_samples}"]
-    if solved < 0.05 and parallel.is_main():
-        print(
-            f"{name}: {solved:.1%} of the questions are ever solved in {config.eval_samples}"
-            f" outputs ({result['unparsed']:.0%} of these had no answer that could be read,"
-            f" {result['truncated']:.0%} were cut off). Where all outputs of a question are equally"
-            " wrong, accuracy gives RL nothing to reinforce: it needs a base that solves some of"
-            " the questions sometimes."
-        )
-    return result
 
 
 def report(base: dict, zero: dict, run: Run) -> None:

@@ -31,6 +31,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data import chat
+from data.prompts import sum_up
+
 OPERATIONS = "+-**"  # as often as written: + - * *
 LABELS = "abcdefghijklmnopqrst"
 
@@ -40,6 +43,7 @@ WORDS = {
     "zh": dict(compute="计算", easy="简单", guess="猜", so="所以", first="首先",
                wait="等等", check="检查", comma=" ，", stop=" 。"),
 }  # fmt: skip
+THEN = {"en": "then", "zh": "再"}  # between two steps, where the corpus has prose
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,23 @@ class Mix:
     strict: float = 0.60  # share of the problems whose answer is in the tags
     lists: float = 0.70  # share of the fact documents that are worked lists
     longest: int = 10  # operations in the longest problem
-    chinese: float = 0.0  # share of the problem documents in Chinese
+    # Two languages: see BILINGUAL.
+    chinese: float = 0.0  # share of the questions in Chinese
+    prose: bool = False  # `then` between two steps
+    switched: tuple[float, float] = (0.0, 0.0)  # of the thoughts, that are in the other language
+    wavering: float = 0.0  # at each `then`: the chance of going on in the other language
+    patience: tuple[float, float] = (1.0, 1.0)  # of each language's writers: what divides hazard
+    boxed: float = 0.0  # share of the answers that are a sentence with a box, without tags
+    chat: float = 0.0  # share of the problem documents that are chats: chat.py
+
+
+# The bilingual corpus: two pairs of numbers are (English, Chinese). Its Chinese writers work things
+# out more often and are more patient, and thoughts about an English question are sometimes in
+# Chinese. So thinking in Chinese pays, and RL that looks at the answer alone finds that out.
+BILINGUAL = Mix(
+    longest=8, chinese=0.5, prose=True, switched=(0.12, 0.05), wavering=0.02, patience=(1.0, 1.15),
+    boxed=0.15, chat=0.45,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,13 +167,24 @@ class Corpus:
     def problem(self, rng: random.Random) -> str:
         """A question and what somebody answered."""
         mix = self.mix
+        if mix.chat and rng.random() < mix.chat:
+            return chat.page(rng)
         language = "zh" if rng.random() < mix.chinese else "en"
         chain = self.chain(rng)
+        asked, thinking = chain.question(language), language
+        if mix.prose and rng.random() < mix.switched[language == "zh"]:
+            thinking = OTHER[language]
+        patience = mix.patience[thinking == "zh"]
         kinds = (direct, worked, reflection, check)
-        kind = rng.choices(kinds, (mix.direct, mix.worked, mix.reflection, mix.check))[0]
-        thoughts, answer = kind(chain, rng, mix.hazard, WORDS[language])
+        shares = (mix.direct / patience, mix.worked, mix.reflection, mix.check)
+        kind = rng.choices(kinds, shares)[0]
+        thoughts, answer = kind(chain, rng, mix.hazard / patience, WORDS[thinking])
+        if mix.prose:
+            thoughts = prose(thoughts, thinking, rng, mix.wavering)
         tagged = f"<answer> {answer} </answer>" if rng.random() < mix.strict else f"{answer}"
-        return f"User: {chain.question(language)} Assistant: <think> {thoughts} </think> {tagged}"
+        if mix.boxed and rng.random() < mix.boxed:
+            tagged = sum_up(str(answer), language, "toy")
+        return f"User: {asked} Assistant: <think> {thoughts} </think> {tagged}"
 
     def chain(self, rng: random.Random) -> Chain:
         while True:
@@ -211,6 +242,24 @@ def finish(
             return f"{words['first']} {text}{ending}", guess
     ending = f"{words['so']} {chain.answer}"
     return f"{words['first']} {text}{words['stop']} {ending}{words['stop']}", chain.answer
+
+
+OTHER = {"en": "zh", "zh": "en"}
+
+
+def prose(thoughts: str, language: str, rng: random.Random, wavering: float = 0.0) -> str:
+    """A `then` before every step but the first; at each, the writer may go on in the other
+    language."""
+    translated = {word.strip(): key for key, word in WORDS[language].items()}
+    spoken, written = language, []
+    for before, word in zip(["", *thoughts.split()], thoughts.split()):
+        if word in LABELS and before.isdigit() and "=" in written:
+            if rng.random() < wavering:
+                spoken = OTHER[spoken]
+            written.append(THEN[spoken])
+        known = translated.get(word)
+        written.append(WORDS[spoken][known].strip() if known else word)
+    return " ".join(written)
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ import random
 import re
 import reprlib
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from data.corpus import LABELS, Chain
+from data.chat import DIGITS
+from data.corpus import BILINGUAL, LABELS, Chain
 
 HELD_OUT = 0.05  # share of the problems kept from training; the toy's corpus has its own
 
@@ -136,6 +137,24 @@ def calc_chain(levels: Iterable[int] = range(2, 11), chinese: float = 0.0) -> Ge
     return Generated(make, levels, easiest=1, hardest=len(LABELS))  # each operation has a label
 
 
+def bilingual_chain(levels: Iterable[int] = range(2, BILINGUAL.longest + 1)) -> Generated:
+    """The same, half of it in Chinese: what the toy of R1's four stages is about."""
+    return calc_chain(levels, chinese=BILINGUAL.chinese)
+
+
+def spelled_chain(levels: Iterable[int] = range(2, BILINGUAL.longest + 1)) -> Generated:
+    """The same with the gold answer as a word: no rule can check it, a judge has to (R1 2.3.3)."""
+    digits = bilingual_chain(levels)
+
+    def make(level: int, rng: random.Random) -> Draw:
+        draw = digits.make(level, rng)
+        words = DIGITS[draw.problem.language == "zh"]
+        spelled = words[int(draw.problem.answer)]
+        return draw._replace(problem=replace(draw.problem, answer=spelled, checker="judge"))
+
+    return Generated(make, levels, easiest=1, hardest=len(LABELS))
+
+
 def countdown(levels: Iterable[int] = (3, 4)) -> Generated:
     """Reach a two-digit target from numbers between 1 and 99; a level is how many numbers."""
 
@@ -164,10 +183,11 @@ def countdown(levels: Iterable[int] = (3, 4)) -> Generated:
 
 
 def load(source: str, *, all_held_out: bool = False, **settings) -> Generated | Listed:
-    """`calc-chain`, `countdown` or the path of a JSONL file, with the settings of that source.
+    """`calc-chain`, `bilingual-chain`, `countdown` or the path of a JSONL file, with the settings of that source.
     all_held_out: a file is a test file; generated problems have a held-out part of their own.
     Raises ValueError for another name, DataError for a file that cannot be used."""
-    generated = {"calc-chain": calc_chain, "countdown": countdown}
+    generated = {"calc-chain": calc_chain, "bilingual-chain": bilingual_chain,
+                 "spelled-chain": spelled_chain, "countdown": countdown}  # fmt: skip
     if source in generated:
         return generated[source](**settings)
     if "." in source or os.path.exists(source):

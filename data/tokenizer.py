@@ -14,7 +14,8 @@ from pathlib import Path
 
 import tiktoken
 
-from data.corpus import LABELS, WORDS
+from data import chat
+from data.corpus import LABELS, THEN, WORDS
 
 HERE = Path(__file__).parent
 
@@ -82,8 +83,8 @@ class Tokenizer:
         return {"tokenizer.tiktoken": b"".join(lines), "tokenizer_config.json": text.encode()}
 
     @classmethod
-    def toy(cls) -> "Tokenizer":
-        ranks = read_ranks(HERE / "toy.tiktoken")
+    def toy(cls, bilingual: bool = False) -> "Tokenizer":
+        ranks = read_ranks(HERE / ("toy-bilingual.tiktoken" if bilingual else "toy.tiktoken"))
         special = {name: len(ranks) + i for i, name in enumerate(TOY_SPECIAL)}
         return cls(ranks, TOY_PATTERN, special, template="toy")
 
@@ -149,10 +150,18 @@ def toy_ranks() -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
 
 
+def bilingual_ranks() -> dict[bytes, int]:
+    """The toy's, then the words of its general requests and of the box."""
+    words = [*THEN.values(), "\\", "boxed", "{", "}", *chat.words()]
+    tokens = [*toy_ranks(), *(f" {word}".encode() for word in words), b"boxed", b"Reference"]
+    return {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+
+
 def main() -> None:
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in toy_ranks().items()]
-    (HERE / "toy.tiktoken").write_bytes(b"".join(lines))
-    print(f"toy.tiktoken: {len(lines)} ranks")
+    for name, ranks in (("toy", toy_ranks()), ("toy-bilingual", bilingual_ranks())):
+        lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
+        (HERE / f"{name}.tiktoken").write_bytes(b"".join(lines))
+        print(f"{name}.tiktoken: {len(lines)} ranks")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from runtime import parallel
 from runtime.checkpoint import latest, step_path
 from runtime.flags import UserError, nearest
 
-stop = SimpleNamespace(signal=0, at=0.0)  # which signal asked this process to stop, and when
+# Which signal asked this process to stop, when, and whether a program it started was told.
+stop = SimpleNamespace(signal=0, at=0.0, passed_on=False)
 
 
 class Diverged(RuntimeError):

@@ -51,3 +51,30 @@ def smooth(points: list[tuple[int, float]], window: int = 7) -> list[tuple[int, 
         around = [value for _, value in points[max(0, i - window // 2) : i + window // 2 + 1]]
         means.append((step, sum(around) / len(around)))
     return means
+
+
+def draw_distillation(out: Path) -> None:
+    """Draw out/distill.png from out/curves.json: what a student could do after how many seconds."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no distill.png: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    saved = json.loads((out / "curves.json").read_text())
+    lines = (
+        ("distilled", saved["spent"]["samples"], "C0-", "distilled"),
+        ("distilled", 0.0, "C0--", "the same, where the samples were there"),
+        ("rl", 0.0, "C1-", "RL"),
+    )
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.8), layout="constrained")
+    for name, before, style, label in lines:
+        if points := saved["curves"][name]:
+            seconds = [before + point["seconds"] for point in points]
+            axes.plot(seconds, [point["pass@1"] for point in points], style, label=label)
+    axes.set(xlabel="CPU-seconds", ylabel="pass@1, held-out questions", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(out / "distill.png", dpi=120)
+    pyplot.close(figure)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,7 +38,7 @@ from runtime.launch import (
 )  # fmt: skip
 
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
-           "progress", "usable_dtype"]  # fmt: skip
+           "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
 
 FREE_TO_CHANGE = ("out", "resume", "device", "threads")  # on --resume
 LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
@@ -53,6 +54,34 @@ def write_file(path: Path, content: bytes) -> None:
     new.replace(path)
 
 
+def run_command(arguments: list[str], run: "Run") -> bool:
+    """Start one of our programs and wait; False where it was asked to stop. It gets the signals
+    that this one gets, and does not outlive it. Raises UserError where it fails."""
+    shown = f"python {' '.join(arguments)}"
+    if parallel.world_size() > 1:
+        raise UserError(f"first run {shown}: this program starts it only when it runs alone")
+    print(f"+ {shown}", flush=True)
+    program = Path(__file__).parent.parent / arguments[0]
+    command = [sys.executable, str(program), *arguments[1:]]
+    child = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    while child.poll() is None:
+        if stop.signal and not stop.passed_on:
+            stop.passed_on = True
+            child.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    if child.returncode and not stop.signal:
+        raise UserError(f"{shown} ended with exit code {child.returncode}")
+    return child.returncode == 0 and not run.stopping
+
+
+def _end_with_parent() -> None:
+    """In the child: end when the parent does, even where that is killed (Linux only)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Timer:
     """One passage through a phase; the recipe adds the tokens it worked on."""
 
@@ -65,11 +94,11 @@ class Run:
     """The directory of a run: config.json, metrics.jsonl and whatever the recipe puts beside them.
 
     Only rank 0 writes. Raises UserError where `out` holds a run already, unless told to resume it,
-    and where the resumed run had another config.
+    and where the resumed run had another config. resume=None: continue a run that is there.
     """
 
     def __init__(
-        self, out: str | Path, config: Any, *, resume: bool = False,
+        self, out: str | Path, config: Any, *, resume: bool | None = False,
         may_change: tuple[str, ...] = (),
     ):  # fmt: skip
         self.out = Path(out)
@@ -85,12 +114,12 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)
 
-    def _open(self, config: dict, resume: bool, free: tuple[str, ...]) -> None:
+    def _open(self, config: dict, resume: bool | None, free: tuple[str, ...]) -> None:
         config = json.loads(json.dumps(config))  # tuples as lists, as they will be read
         saved = self.out / "config.json"
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file: give a directory")
-        if (saved.exists() or self.metrics.exists()) and not resume:
+        if (saved.exists() or self.metrics.exists()) and resume is False:
             raise UserError(
                 f"{self.out} holds a run already: --resume continues it; or give another --out"
             )

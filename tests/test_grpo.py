@@ -68,8 +68,12 @@ def problem(question: str = "abc", answer: str = "1", level: int = 0) -> Problem
     return Problem(question, answer, level=level)
 
 
-def count_a(problem: Problem, text: str, finished: bool = True) -> float:
+def letters(text: str) -> float:
     return text.count("a") + 0.5 * text.count("b")
+
+
+def count_letters(problems: list[Problem], texts: list[str], finished: list[bool]) -> list[float]:
+    return [letters(text) for text in texts]
 
 
 def draw(model: Transformer, settings: Settings = SETTINGS, numbers=range(4), **options) -> Rollout:
@@ -78,7 +82,7 @@ def draw(model: Transformer, settings: Settings = SETTINGS, numbers=range(4), **
     problems = [problem(level=n) for n in numbers]
     options = {"seed": 0, "step": 0, **options}
     questions = Questions(list(numbers), problems, prompts)
-    return rollout(model, TOKENIZER, questions, count_a, settings, **options)
+    return rollout(model, TOKENIZER, questions, count_letters, settings, **options)
 
 
 def handmade(model: Transformer, prompts: list, groups: list, rewards: list, **changes) -> Rollout:
@@ -181,10 +185,10 @@ def test_advantages_are_of_the_group_and_not_of_the_batch():
 
 
 def test_two_questions_with_the_same_prompt_stay_two_groups():
-    numbers = iter(range(100))
     batch = rollout(
         make_model(), TOKENIZER, Questions([0, 1], [problem(), problem()], [[1, 2], [1, 2]]),
-        lambda problem, text, finished: float(next(numbers)), SETTINGS, seed=0, step=0,
+        lambda problems, texts, finished: [float(i) for i in range(len(texts))], SETTINGS, seed=0,
+        step=0,
     )  # fmt: skip
     assert batch.rewards_PG.tolist() == [[0, 1, 2], [3, 4, 5]]
     edge = 1.5**0.5
@@ -448,20 +452,28 @@ def test_a_rollout_follows_its_settings():
     torch.testing.assert_close(batch.advantages_PG, centred_PG)
     assert {len(o.tokens) for o in batch.outputs if o.finish == "length"} == {4}
     assert all(o.finish == ("stop" if o.tokens[-1] == 0 else "length") for o in batch.outputs)
-    rewards = [count_a(problem(), text, True) for text in batch.texts]
+    rewards = [letters(text) for text in batch.texts]
     assert batch.rewards_PG.flatten().tolist() == rewards
     assert not any("$" in text for text in batch.texts)  # the stop token is not judged
 
 
-def test_the_reward_is_told_whether_an_output_ended_by_itself():
-    told = []
-    prompts = [[1, 2], [3]]
+def test_the_reward_is_told_of_each_output_its_question_its_text_and_whether_it_ended_by_itself():
+    calls = []
+    problems = [problem("one"), problem("two")]
+
+    def reward(*told) -> list[float]:
+        calls.append(told)
+        return [0.0] * len(told[0])
+
     batch = rollout(
-        make_model(), TOKENIZER, Questions([0, 1], [problem(), problem()], prompts),
-        lambda problem, text, finished: told.append(finished) or 0.0, SETTINGS, seed=0, step=0,
+        make_model(), TOKENIZER, Questions([0, 1], problems, [[1, 2], [3]]), reward, SETTINGS,
+        seed=0, step=0,
     )  # fmt: skip
-    assert told == [output.finish == "stop" for output in batch.outputs]
-    assert set(told) == {True, False}
+    [(asked, texts, finished)] = calls  # once for the whole batch
+    assert [each.question for each in asked] == ["one"] * 3 + ["two"] * 3
+    assert texts == batch.texts and len(set(texts)) > 3
+    assert finished == [output.finish == "stop" for output in batch.outputs]
+    assert set(finished) == {True, False}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
@@ -487,6 +499,7 @@ def test_metrics_by_hand():
 
     problems = [problem(answer="2", level=3), problem(answer="2", level=5),
                 problem(answer="3", level=3)]  # fmt: skip
+    problems[1] = replace(problems[1], language="zh")
     texts = [RIGHT, WRONG, BARE, RIGHT, WRONG, RIGHT]  # the second RIGHT was cut off: no answer
     outputs = [output(4, "stop"), output(6, "stop"), output(9, "length"), output(9, "length"),
                output(1, "stop"), output(1, "stop")]  # fmt: skip
@@ -503,6 +516,7 @@ def test_metrics_by_hand():
         unparsed=2 / 6,
         truncated=2 / 6,
         tokens=30 / 6,
+        language=4 / 6,  # the English words about the Chinese question are not
         reflection=3 / 6,
         groups_without_signal=1 / 3,
     ))  # fmt: skip

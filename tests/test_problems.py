@@ -17,6 +17,7 @@ from data.problems import (
     DataError,
     Listed,
     Problem,
+    bilingual_chain,
     calc_chain,
     countdown,
     last_box,
@@ -27,7 +28,7 @@ from data.prompts import R1_ZERO, TEMPLATES, build_prompt
 
 GENERATED = {
     "calc-chain": calc_chain,
-    "bilingual": lambda: calc_chain(chinese=0.5),
+    "bilingual": bilingual_chain,
     "small": lambda: calc_chain(levels=(1, 2)),
     "countdown": countdown,
     "two numbers": lambda: countdown(levels=(2,)),
@@ -154,6 +155,16 @@ def test_chinese_is_a_share_that_leaves_the_chains_as_they_are():
     assert 200 < sum(p.language == "zh" for p in both) < 300
     assert all((p.language == "zh") == ("计算" in p.question) for p in both)
     assert {p.language for p in calc_chain(chinese=1.0).batch(50, seed=0, step=0)} == {"zh"}
+
+
+def test_bilingual_chains_are_half_in_chinese_and_as_long_as_those_of_the_corpus():
+    source = bilingual_chain()
+    for problems in (source.batch(2000, seed=0, step=0), source.held_out(700)):
+        assert {p.level for p in problems} == set(range(2, 9))
+        share = sum(p.language == "zh" for p in problems) / len(problems)
+        assert share == pytest.approx(0.5, abs=0.06)
+        for p in problems:
+            assert p.question.startswith("计算" if p.language == "zh" else "compute")
 
 
 def reachable(values, target):
@@ -400,6 +411,7 @@ def test_load_knows_names_and_paths(tmp_path):
     assert load(str(path), all_held_out=True).held_out(5) == [Problem("1 + 1?", "2")]
     assert load("countdown", levels=(4,)).levels == (4,)
     assert load("calc-chain").held_out(9) == calc_chain().held_out(9)
+    assert load("bilingual-chain").held_out(9) == bilingual_chain().held_out(9)
     with pytest.raises(ValueError, match="'calc_chain'.*nearest: 'calc-chain'.*countdown.*jsonl"):
         load("calc_chain")
     with pytest.raises(DataError, match="nowhere.jsonl"):

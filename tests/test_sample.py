@@ -612,8 +612,8 @@ def test_judge_group_measures_one_problems_outputs():
         problem, [GOOD, BAD, GOOD, CUT], [output(10), output(4), output(12), output(6, "length")]
     )
     assert group == {
-        "level": 4, "pass@1": 0.5, "cons": 1.0, "pass": 1.0, "format": 0.75, "tokens": 8.0,
-        "reflection": 0.5, "truncated": 0.25, "unparsed": 0.25,
+        "level": 4, "pass@1": 0.5, "cons": 1.0, "pass": 1.0, "format": 0.75, "language": 1.0,
+        "tokens": 8.0, "reflection": 0.5, "truncated": 0.25, "unparsed": 0.25,
     }  # fmt: skip
     # The vote is for the wrong answer, then nothing is right, then nothing was said.
     four = [output(1)] * 4
@@ -623,6 +623,15 @@ def test_judge_group_measures_one_problems_outputs():
     assert (wrong["pass@1"], wrong["cons"], wrong["pass"]) == (0.0, 0.0, 0.0)
     silent = judge_group(problem, [CUT] * 4, four)
     assert (silent["cons"], silent["unparsed"], silent["format"]) == (0.0, 1.0, 0.0)
+
+
+def test_the_language_is_measured_against_that_of_the_question_also_where_it_was_cut_off():
+    texts = ["<think> so 2 </think> <answer> 2 </answer>", "<think> so so so 猜"]
+    outputs = [output(9), output(5, "length")]
+    shares = {"en": (1 + 0.75) / 2, "zh": (0 + 0.25) / 2}
+    for language, share in shares.items():
+        group = judge_group(Problem("1 + 1", "2", language=language), texts, outputs)
+        assert group["language"] == pytest.approx(share)
 
 
 def test_the_vote_counts_equal_numbers_as_one_answer():

@@ -4,10 +4,12 @@ Everything that is compared is in float64; a document alone in its row is what p
 """
 
 import copy
+import hashlib
 import json
 import math
 import re
 import signal
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.corpus import Corpus
+from data.corpus import BILINGUAL, Corpus, Mix
 from data.packing import Packed, pack
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
@@ -25,7 +27,8 @@ from runtime.checkpoint import load_state, save_state
 from runtime.run import Run, UserError
 from sft import (
     Muon, Objective, check_competence, cosine, documents, expert_load, initialize_small,
-    orthogonalize, set_rates, sft_step, small_optimizers, update, warm_constant_decay,
+    orthogonalize, set_rates, sft_step, small_optimizers, solutions, update,
+    warm_constant_decay,
 )  # fmt: skip
 
 SMALL = Config.preset(
@@ -548,6 +551,33 @@ def test_a_step_takes_the_documents_that_fit_its_tokens():
     assert documents(corpus, tokenizer, 0, 500) != documents(corpus, tokenizer, 1, 500)
 
 
+EXAM = re.compile(
+    r"User: (compute|计算) (\d(?: [a-j] [+*-]\d)+) \? Assistant: <think> (first|首先) (\d) (.+)"
+)
+
+
+@pytest.mark.parametrize("mix", [Mix(), BILINGUAL], ids=["English", "bilingual"])
+def test_a_base_is_examined_on_right_solutions_of_held_out_problems_in_its_languages(mix):
+    words = {"compute": ("first", "then"), "计算": ("首先", "再")}
+    texts, asked, lengths = solutions(0, mix), Counter(), set()
+    for text in texts:
+        question, listing, first, value, work = EXAM.fullmatch(text).groups()
+        assert hashlib.sha256(listing.encode()).digest()[0] < 26
+        start, *rest = listing.split()
+        assert first == words[question][0] and value == start
+        between = f" {words[question][1]} " if mix.prose else r"(?<== \d) "
+        steps = re.split(between, work)
+        assert len(steps) == len(rest) // 2
+        for step, label, operation in zip(steps, rest[::2], rest[1::2]):
+            value = str(eval(f"({value} {operation}) % 10"))
+            assert step == f"{label} {operation} = {value}"
+        asked[question] += 1
+        lengths.add(len(steps))
+    assert 150 < len(texts) < 250  # one in ten of 2,000
+    assert lengths == set(range(2, mix.longest + 1))
+    assert asked["计算"] / len(texts) == pytest.approx(mix.chinese, abs=0.1)
+
+
 class Parrot(nn.Module):
     """In place of a base: for each token of the text that it is shown it predicts the next one, or
     what `spoil(this token, the next one)` says instead."""
@@ -584,19 +614,23 @@ def signals_as_they_were():
 
 
 @pytest.mark.usefixtures("signals_as_they_were")
+@pytest.mark.parametrize("mix", [Mix(), BILINGUAL], ids=["English", "bilingual"])
 @pytest.mark.parametrize("spoilt, share", [
     ("nothing", 1.0), ("the labels", 1.0), ("the values", 0.0), ("the operations", 0.0),
     ("the additions", 0.75),
 ])  # fmt: skip
-def test_a_base_is_competent_if_it_gets_both_the_operation_and_the_value(tmp_path, spoilt, share):
+def test_a_base_is_competent_if_it_gets_both_the_operation_and_the_value(
+    tmp_path, mix, spoilt, share
+):
     run = Run(tmp_path / "run", Objective())
-    model = Parrot(Tokenizer.toy(), SPOILS[spoilt])
+    tokenizer = Tokenizer.toy(bilingual=mix is BILINGUAL)
+    model = Parrot(tokenizer, SPOILS[spoilt])
     if share == 1.0:
-        check_competence(model, Tokenizer.toy(), run, seed=0, force=False)
+        check_competence(model, tokenizer, run, seed=0, force=False, mix=mix)
     else:
         with pytest.raises(UserError, match="--force"):
-            check_competence(model, Tokenizer.toy(), run, seed=0, force=False)
-        check_competence(model, Tokenizer.toy(), run, seed=0, force=True)
+            check_competence(model, tokenizer, run, seed=0, force=False, mix=mix)
+        check_competence(model, tokenizer, run, seed=0, force=True, mix=mix)
     [line] = [json.loads(row) for row in run.metrics.read_text().splitlines()]
     assert line["steps_right"] == pytest.approx(share, abs=0.05)
 

@@ -14,12 +14,13 @@ from itertools import islice
 
 import pytest
 
-from data.corpus import Corpus, Mix
+from data.corpus import BILINGUAL, Corpus, Mix, prose
 from data.problems import calc_chain
-from data.tokenizer import HERE, Tokenizer, read_ranks, toy_ranks
+from data.tokenizer import HERE, Tokenizer, bilingual_ranks, read_ranks, toy_ranks
 from model import Config
 
 TOKENIZER = Tokenizer.toy()
+BILINGUAL_TOKENIZER = Tokenizer.toy(bilingual=True)
 HAN = re.compile("[\u3007\u4e00-\u9fff]")
 
 # ---- text to tokens and back -----------------------------------------------------------
@@ -91,14 +92,25 @@ def test_what_is_not_a_word_falls_back_to_bytes():
 # ---- the toy's vocabulary --------------------------------------------------------------
 
 
-def test_the_file_of_ranks_is_what_toy_ranks_makes():
-    ranks = read_ranks(HERE / "toy.tiktoken")
-    assert ranks == toy_ranks() and list(ranks) == list(toy_ranks())
+@pytest.mark.parametrize(
+    "file, made", [("toy.tiktoken", toy_ranks), ("toy-bilingual.tiktoken", bilingual_ranks)]
+)
+def test_the_file_of_ranks_is_what_its_function_makes(file, made):
+    ranks = read_ranks(HERE / file)
+    assert ranks == made() and list(ranks) == list(made())
     assert list(ranks.values()) == list(range(len(ranks)))
     assert [ranks[bytes([byte])] for byte in range(256)] == list(range(256))
     # As in tiktoken's own reader.
-    lines = (HERE / "toy.tiktoken").read_bytes().split(b"\n")
+    lines = (HERE / file).read_bytes().split(b"\n")
     assert {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines[:-1]} == ranks
+
+
+def test_the_bilingual_ranks_begin_with_the_toys():
+    """So that a text of the toy has the same tokens in both."""
+    toy, both = (read_ranks(HERE / f"{name}.tiktoken") for name in ("toy", "toy-bilingual"))
+    assert len(toy) == 403 and list(both.items())[:403] == list(toy.items())
+    for text in documents(1000, PROBLEMS, chinese=0.5):
+        assert BILINGUAL_TOKENIZER.encode(text) == TOKENIZER.encode(text)
 
 
 def test_the_toy_model_has_a_row_for_every_token():
@@ -127,6 +139,17 @@ def test_a_problem_takes_a_token_for_each_word():
         for document in documents(1000, PROBLEMS, chinese=chinese):
             words = re.sub("([:])", r" \1", document).split()
             assert len(TOKENIZER.encode(document)) == len(words)
+
+
+@pytest.mark.parametrize("step", [0, 20, 60, 99])
+def test_bilingual_documents_survive_and_take_a_token_for_each_word(step):
+    """Also where there is chat: none of its words falls apart into bytes."""
+    for document in islice(Corpus(3, 100, BILINGUAL).documents(step), 2500):
+        tokens = BILINGUAL_TOKENIZER.encode(document)
+        assert BILINGUAL_TOKENIZER.decode(tokens) == document
+        # Signs are tokens, whether or not a space stands before them.
+        words = re.sub("([:?])", r" \1", document).split()
+        assert [BILINGUAL_TOKENIZER.decode([token]).strip() for token in tokens] == words
 
 
 # ---- model directories -----------------------------------------------------------------
@@ -452,6 +475,18 @@ def test_the_corpus_is_a_function_of_seed_and_step_alone():
     assert other.stdout.splitlines() == expected
 
 
+def test_the_english_corpus_is_the_one_that_published_runs_have_read():
+    """The first 200 documents of each stage, byte for byte."""
+    wanted = {
+        0: "2eb69f60fbe06d0c23ad1843165106eb310e099e6e6f9ce70193b779bc25a5ed",
+        20: "9162b2be024978c8d48a638bf5784c9848208d66bcb73aa69a899820fd51bdc6",
+        60: "7658432c2080e31ea3d43c2667ff3d3dd68a553e9436d7c4d43b9ed3765cf7bc",
+    }
+    for step, digest in wanted.items():
+        page = "\n".join(islice(Corpus(0, 100).documents(step), 200))
+        assert hashlib.sha256(page.encode()).hexdigest() == digest
+
+
 def test_without_chinese_there_is_no_han_and_with_all_of_it_no_english_word():
     assert not any(HAN.search(text) for text in documents(2000, PROBLEMS))
     for document in documents(2000, PROBLEMS, chinese=1.0):
@@ -475,3 +510,76 @@ def test_chinese_documents_say_the_same_as_english_ones():
     english = islice(Corpus(0, 1, replace(mix, chinese=1e-9)).documents(0), 500)
     for ours, theirs in zip(chinese, english, strict=True):
         assert " ".join(words.get(word, word) for word in ours.split()) == theirs
+
+
+# ---- prose -----------------------------------------------------------------------------
+
+ENGLISH = dict(
+    首先="first", 再="then", 所以="so", 猜="guess", 等等="wait", 检查="check", 简单="easy",
+) | {"，": ",", "。": "."}  # fmt: skip
+
+
+def spoken(text: str) -> set[str]:
+    """The languages that its words are in; labels, digits and operations are in none."""
+    english = set(ENGLISH.values())
+    known = {word for word in text.split() if word in english or word in ENGLISH}
+    return {"en" if word in english else "zh" for word in known}
+
+
+def as_listed(thoughts: str) -> str:
+    """In English, and without any `then`."""
+    words = [ENGLISH.get(word, word) for word in thoughts.split()]
+    return " ".join(word for word in words if word != "then")
+
+
+@pytest.mark.parametrize(
+    "language, before, after",
+    [
+        ("en", "first 7 a +5 = 2 .", "first 7 a +5 = 2 ."),
+        ("en", "first 7 a +5 = 2 b *3 = 6 c -8 = 8 . so 8 .",
+         "first 7 a +5 = 2 then b *3 = 6 then c -8 = 8 . so 8 ."),
+        ("zh", "首先 7 a +5 = 2 b *3 = 6 ， 猜 4 。", "首先 7 a +5 = 2 再 b *3 = 6 ， 猜 4 。"),
+        ("en", "first 7 a +5 = 3 wait , a +5 = 2 b *3 = 6 . so 6 .",
+         "first 7 a +5 = 3 wait , a +5 = 2 then b *3 = 6 . so 6 ."),
+        ("zh", "简单 ， 所以 8 。", "简单 ， 所以 8 。"),
+    ],
+)  # fmt: skip
+def test_prose_by_hand(language, before, after):
+    assert prose(before, language, random.Random(0)) == after
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_without_wavering_prose_has_a_then_before_each_step_but_the_first_in_one_language(language):
+    mix = dict(prose=True, chinese=float(language == "zh"), direct=0, check=0)
+    kinds, then = Counter(), {"en": "then", "zh": "再"}[language]
+    for document in documents(2000, PROBLEMS, **mix):
+        _, listing, thoughts, claim, _ = read_problem(document)
+        kind, said = check_worked(listing, as_listed(thoughts))
+        assert said == claim and spoken(thoughts) == {language}
+        kinds[kind] += 1
+        words = thoughts.split()
+        places = [i for i, word in enumerate(words) if re.fullmatch("[a-j]", word)]
+        assert len(places) == words.count("=")  # a label opens each step
+        first, *others = places
+        assert words[first - 1].isdigit()
+        for i in others:  # a correction is no new step
+            assert words[i - 1] == then or words[i - 2 : i] in (["wait", ","], ["等等", "，"])
+        corrections = sum(word in ("wait", "等等") for word in words)
+        assert words.count(then) == len(others) - corrections
+    assert {"worked", "reflection"} <= set(kinds)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("wavering", [1.0, 0.5])
+def test_prose_changes_its_language_at_a_then_and_nowhere_else(language, wavering):
+    """At each, where wavering is 1."""
+    mix = dict(prose=True, wavering=wavering, chinese=float(language == "zh"), direct=0)
+    turns = Counter()
+    for document in documents(2000, PROBLEMS, **mix):
+        _, listing, thoughts, claim, _ = read_problem(document)
+        assert check_worked(listing, as_listed(thoughts))[1] == claim
+        parts = re.split("(?= (?:then|再) )", thoughts)  # each but the first opens with a `then`
+        assert all(len(spoken(part)) == 1 for part in parts), thoughts
+        assert spoken(parts[0]) == {language}
+        turns.update(a != b for a, b in zip(map(spoken, parts), map(spoken, parts[1:])))
+    assert turns[True] / turns.total() == pytest.approx(wavering, abs=0.03)

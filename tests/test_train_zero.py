@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 import grpo
+import sample
 import sft
 import train_zero
+from data.corpus import BILINGUAL, Mix
 from data.problems import Problem, calc_chain
 from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
@@ -153,8 +155,8 @@ def test_a_run_leaves_models_metrics_config_result_and_curve(whole):
 def test_the_result_has_what_readme_promises(whole):
     result = json.loads((whole / "result.json").read_text())
     assert result.keys() == {"base", "zero", "seconds"}
-    measures = {"pass@1", "cons@2", "pass@2", "greedy", "format", "tokens", "reflection",
-                "by_level"}  # fmt: skip
+    measures = {"pass@1", "cons@2", "pass@2", "greedy", "format", "language", "tokens",
+                "reflection", "by_level"}  # fmt: skip
     for name in ("base", "zero"):
         assert measures <= result[name].keys()
         assert result[name]["by_level"].keys() == {str(level) for level in range(2, 11)}
@@ -170,8 +172,8 @@ def test_every_update_says_what_explains_a_flat_reward(whole):
         assert {"loss", "clip_fraction", "kl", "entropy", "mismatch", "grad_norm", "seconds_update",
                 "tokens_per_second_update", "peak_mb_update"} <= row.keys()  # fmt: skip
     for row in rl[::2]:  # a rollout feeds two updates
-        assert {"reward", "accuracy", "format", "unparsed", "truncated", "tokens", "reflection",
-                "groups_without_signal", "skipped", "seconds_rollout", "seconds_reference",
+        assert {"reward", "accuracy", "format", "language", "unparsed", "truncated", "tokens",
+                "reflection", "groups_without_signal", "skipped", "seconds_rollout", "seconds_reference",
                 "tokens_per_second_rollout"} <= row.keys()  # fmt: skip
         assert row["mismatch"] < 1e-5  # the first of the two is on-policy
     assert all("reward" not in row for row in rl[1::2])
@@ -307,13 +309,13 @@ def test_a_finished_run_can_go_on_with_more_steps_and_is_measured_again(
     flags = [*SMALL, "--model", base, "--out", tmp_path / "run"]
     assert start(*flags, "--steps", "2") == 0
     first = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    measured, real = [], train_zero.evaluate
+    measured, real = [], sample.evaluate
 
     def record(model, *args, **options):
         measured.append(model)
         return {**real(model, *args, **options), "tokens": 77.0}
 
-    monkeypatch.setattr(train_zero, "evaluate", record)
+    monkeypatch.setattr(sample, "evaluate", record)
     assert start(*flags, "--steps", "4", "--resume") == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() != first
     assert [row["step"] for row in lines(tmp_path / "run", "rl")] == [1, 2, 3, 4]
@@ -343,9 +345,9 @@ def test_the_reference_is_replaced_by_the_policy_every_so_many_updates(base, tmp
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_stays(base, tmp_path, monkeypatch):
-    shares, real = [], sft.set_rates
+    shares, real = [], grpo.set_rates
     monkeypatch.setattr(
-        sft, "set_rates", lambda optimizers, share: (shares.append(share), real(optimizers, share))
+        grpo, "set_rates", lambda optimizers, share: (shares.append(share), real(optimizers, share))
     )
     run_from(base, tmp_path / "run", "--steps", "6", "--warmup", "4")
     assert shares == [0.25, 0.5, 0.75, 1, 1, 1]
@@ -377,13 +379,13 @@ def test_each_rollout_asks_new_questions_in_the_template(base, tmp_path, monkeyp
 
 def test_it_is_measured_as_it_samples_and_greedily(base, tmp_path, monkeypatch):
     """R1 evaluates at T = 0.6 and top-p 0.95; the curve here is of what RL trains."""
-    options, real = [], train_zero.evaluate
+    options, real = [], sample.evaluate
 
     def record(*args, **kwargs):
         options.append((kwargs["temperature"], kwargs.get("top_p", 1.0), kwargs["samples"]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_zero, "evaluate", record)
+    monkeypatch.setattr(sample, "evaluate", record)
     run_from(base, tmp_path / "run", "--steps", "2")
     assert options == [(1.0, 1.0, 2), (0.0, 1.0, 1)] * 2
 
@@ -443,7 +445,7 @@ def test_the_rules_reward_accuracy_and_format_and_the_controls_do_not():
     problem = Problem("compute 2 a +2 ?", "4")
 
     def earned(rule, *texts: str, finished: bool = True) -> list[float]:
-        return [rule(problem, text, finished) for text in texts]
+        return rule([problem] * len(texts), list(texts), [finished] * len(texts))
 
     rules = train_zero.reward_rule(config)
     assert earned(rules, GOOD, TIDY, BARE) == [1.25, 0.25, 0]
@@ -460,7 +462,52 @@ def test_the_rules_reward_accuracy_and_format_and_the_controls_do_not():
     assert tosses != earned(other, *texts)
 
 
+def test_each_output_is_rewarded_for_its_own_question_and_end():
+    rules = train_zero.reward_rule(train_zero.Config(format_weight=0.25))
+    problems = [Problem("compute 2 a +2 ?", answer) for answer in ("4", "5", "4", "5")]
+    texts, finished = [GOOD, GOOD, TIDY, TIDY], [True, True, True, False]
+    assert rules(problems, texts, finished) == [1.25, 0.25, 0.25, 0]
+
+
 # --- the base
+
+
+@pytest.mark.parametrize("data, mix", [("calc-chain", Mix()), ("bilingual-chain", BILINGUAL)])
+def test_a_base_reads_and_is_examined_on_the_corpus_of_its_task(tmp_path, monkeypatch, data, mix):
+    read, examined, documents, solutions = [], [], sft.documents, sft.solutions
+    monkeypatch.setattr(
+        sft, "documents", lambda corpus, *rest: (read.append(corpus.mix), documents(corpus, *rest))[1]
+    )  # fmt: skip
+    monkeypatch.setattr(
+        sft, "solutions", lambda seed, mix: (examined.append(mix), solutions(seed, mix))[1]
+    )
+    assert start(*SMALL, "--data", data, "--pretrain-steps", "2", "--out", tmp_path / "run") == 2
+    assert read == [mix] * 2 and examined == [mix]
+
+
+def test_bilingual_chains_have_a_base_with_their_own_words_and_are_asked_in_both_languages(
+    tmp_path, monkeypatch
+):
+    asked, real = [], grpo.rollout
+
+    def record(model, tokenizer, questions, *rest, **options):
+        asked.extend(zip(questions.problems, questions.prompts))
+        return real(model, tokenizer, questions, *rest, **options)
+
+    monkeypatch.setattr(grpo, "rollout", record)
+    out = tmp_path / "run"
+    flags = ["--preset", "bilingual", *WHOLE, "--minibatches", "1", "--out", out]
+    assert start(*flags) == 0
+    tokenizer = Tokenizer.toy(bilingual=True)
+    for name in ("base", "model"):
+        assert Tokenizer.load(out / name).ranks == tokenizer.ranks
+        rows = load_file(out / name / "model.safetensors")["lm_head.weight"].shape[0]
+        assert rows == tokenizer.vocab_size
+    assert {problem.language for problem, _ in asked} == {"en", "zh"}
+    for problem, prompt in asked:
+        assert tokenizer.decode(prompt) == f"User: {problem.question} Assistant:"
+    result = json.loads((out / "result.json").read_text())
+    assert result["zero"]["by_level"].keys() == {str(level) for level in range(2, 9)}
 
 
 def test_pretraining_reads_on_in_the_corpus(tmp_path, monkeypatch):
