@@ -32,12 +32,12 @@ def commands(threads: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     return seeds, controls
 
 
-def run(name: str, command: list[str]) -> None:
+def run(name: str, command: list[str], results: Path = RESULTS, resume: str = "--resume") -> None:
     """Run the command unless its result is there, and keep what the table is made of."""
     out = Path(command[command.index("--out") + 1])
     if not (out / "result.json").exists():
-        if (out / "config.json").exists():
-            command = [*command, "--resume"]
+        if (out / "config.json").exists() and resume:
+            command = [*command, resume]
         print("+", " ".join(command[1:]), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         print(
@@ -45,8 +45,8 @@ def run(name: str, command: list[str]) -> None:
         )
     for file in ("result.json", "metrics.jsonl", "config.json", "curve.png"):
         if (out / file).exists():
-            (RESULTS / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(out / file, RESULTS / name / file)
+            (results / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(out / file, results / name / file)
 
 
 def first_half_solved(metrics: Path) -> tuple[int, int]:
