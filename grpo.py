@@ -36,7 +36,6 @@ Read next: train_zero.py.
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
 from runtime.run import Run, check_finite, progress
-from sample import Output, fitting_prompts, generate, judge, spell
+from sample import Output, average, fitting_prompts, generate, judge, spell
 from sft import set_rates, update
 
 # reward(problems, texts, which of them ended by themselves) -> a number for each output
@@ -240,12 +239,8 @@ def describe(batch: Rollout) -> dict:
         if known:
             by_level.setdefault(level, []).extend(known)
 
-    def average(key: str) -> float:
-        values = [row[key] for row in rows if row[key] is not None]
-        return mean(values) if values else math.nan
-
     return dict(
-        **{key: average(key) for key in rows[0]},
+        **{key: average(row[key] for row in rows) for key in rows[0]},
         groups_without_signal=mean(not signal for _, signal, _ in groups),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
     )
@@ -383,7 +378,6 @@ class Course:
     """How long, how fast, on how much at a time."""
 
     steps: int  # updates
-    questions: int  # of a rollout
     minibatches: int  # updates that follow a rollout
     lr: float
     warmup: int  # updates over which the learning rate rises
@@ -434,8 +428,8 @@ def reinforce(
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
                 run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
                 bar.update(1)
-            shown = {key: f"{batch.metrics[key]:.2f}" for key in ("reward", "accuracy")}
-            bar.set_postfix(shown, tokens=f"{batch.metrics['tokens']:.0f}")
+            shown = {key: batch.metrics[key] for key in ("reward", "accuracy", "tokens")}
+            bar.set_postfix(shown)
             every = course.save_every if done < course.steps else 1  # the end is always saved
             if not run.goes_on(phase, done, state, every=every):
                 return False

@@ -167,6 +167,11 @@ PRESETS = {
         first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=1.0,
         num_nextn_predict_layers=0,
     ),
+    "toy-student": dict(
+        model_type="qwen2", vocab_size=593, hidden_size=48, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=100.0,
+        max_position_embeddings=2048, **DENSE,
+    ),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import math
 import operator
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean as mean
@@ -473,19 +473,25 @@ def spell(tokenizer: Tokenizer, output: Output) -> str:
 
 def judge(problem: Problem, text: str, output: Output) -> dict[str, float | None]:
     """What one output is worth. One that was cut off has not answered: it earns nothing, whatever
-    its text looks like so far. The accuracy is None where no rule can tell."""
+    its text looks like so far. None where no rule can tell: the accuracy, the language."""
     finished = output.finish == "stop"
     answer = rewards.extract_answer(text) if finished else None
-    check = rewards.CHECKERS[problem.checker]
+    check, known = rewards.CHECKERS[problem.checker], problem.language in rewards.LANGUAGES
     return dict(
         accuracy=None if check is None else float(check(answer, problem.answer)),
         format=rewards.format_reward(text) if finished else 0.0,
-        language=rewards.language_reward(text, problem.language),
+        language=rewards.language_reward(text, problem.language) if known else None,
         tokens=float(len(output.tokens)),
         reflection=float(rewards.reflections(text) > 0),
         truncated=float(not finished),
         unparsed=float(answer is None),
     )
+
+
+def average(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 def judge_group(problem: Problem, texts: list[str], outputs: list[Output]) -> dict:
@@ -495,7 +501,7 @@ def judge_group(problem: Problem, texts: list[str], outputs: list[Output]) -> di
     check = rewards.CHECKERS[problem.checker]
     # Before the vote no Countdown expression is known to be right, so they vote by their text.
     vote = rewards.majority(answers, check if problem.checker == "math" else operator.eq)
-    means = {key: mean(row[key] for row in rows) for key in rows[0]}
+    means = {key: average(row[key] for row in rows) for key in rows[0]}
     return {
         "level": problem.level,
         "pass@1": means.pop("accuracy"),
@@ -508,7 +514,7 @@ def judge_group(problem: Problem, texts: list[str], outputs: list[Output]) -> di
 def summarize(groups: list[dict], samples: int, skipped: int = 0) -> dict:
     names = {"cons": f"cons@{samples}", "pass": f"pass@{samples}"}
     keys = [key for key in groups[0] if key != "level"]
-    result = {names.get(key, key): mean(group[key] for group in groups) for key in keys}
+    result = {names.get(key, key): average(group[key] for group in groups) for key in keys}
     spread = stdev(group["pass@1"] for group in groups) if len(groups) > 1 else 0.0
     half = 1.96 * spread / math.sqrt(len(groups))
     by_level = {}

@@ -90,7 +90,7 @@ class Config:
     row_tokens: int = flag(128, "examples are packed into rows of so many tokens")
     # The two stages of RL (R1 2.3.2 and 2.3.4).
     steps: int = flag(80, "updates of RL for reasoning")
-    final_steps: int = flag(80, "updates of RL for all scenarios")
+    final_steps: int = flag(120, "updates of RL for all scenarios")
     preference_share: float = flag(0.25, "last part of these, which has general prompts")
     general_share: float = flag(0.5, "share of general prompts in that part's rollouts")
     questions: int = flag(32, "questions of a rollout")
@@ -111,7 +111,7 @@ class Config:
     # Evaluation.
     eval_problems: int = flag(150, "held-out reasoning problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
-    eval_requests: int = flag(300, "held-out general requests")
+    eval_requests: int = flag(600, "held-out general requests")
     # The machine.
     save_every: int = flag(20, "updates between checkpoints")
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
@@ -228,7 +228,10 @@ def prepare(config: Config, run: Run) -> Lab:
         source = load(config.data)
         test = source if config.test_data is None else load(config.test_data, all_held_out=True)
         held_out = test.held_out(config.eval_problems)
-        rewards.need_rules([*held_out, *getattr(source, "train", [])])
+        problems = [*held_out, *getattr(source, "train", [])]
+        rewards.need_rules(problems)
+        for language in {problem.language for problem in problems}:
+            rewards.language_reward("", language)  # refuses an unknown one
     except ValueError as error:
         raise UserError(str(error)) from error
     return Lab(config, run, Tokenizer.load(Path(config.zero) / "model"), source, held_out)
@@ -409,7 +412,7 @@ def reinforced(
     """GRPO from a stage's model; None where Ctrl-C stopped it."""
     config, policy = lab.config, lab.model(start)
     course = grpo.Course(
-        steps=steps, questions=config.questions, minibatches=config.minibatches, lr=config.rl_lr,
+        steps=steps, minibatches=config.minibatches, lr=config.rl_lr,
         warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
     )  # fmt: skip
     finished = grpo.reinforce(

@@ -131,7 +131,9 @@ REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=40
             eval_samples=4)  # fmt: skip
 PRESETS = {
     "toy": {},
-    "bilingual": dict(data="bilingual-chain", out="runs/zero-bilingual", pretrain_steps=1600, steps=120),
+    # For train_r1.py: half in Chinese, and a corpus that has chats as well.
+    "bilingual": dict(data="bilingual-chain", out="runs/zero-bilingual", pretrain_steps=1600,
+                      steps=120),
     "countdown": {**REAL, "data": "countdown", "out": "runs/countdown"},
     "gsm8k": {**REAL, "data": "train.jsonl", "out": "runs/gsm8k"},
     # The published settings: 32 questions x 16 outputs a step, 16 steps for each rollout.
@@ -212,7 +214,7 @@ def reinforce(
 ) -> bool:
     """False where stopped."""
     course = grpo.Course(
-        steps=config.steps, questions=config.questions, minibatches=config.minibatches,
+        steps=config.steps, minibatches=config.minibatches,
         lr=config.lr, warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
     )  # fmt: skip
 

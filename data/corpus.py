@@ -252,8 +252,9 @@ def prose(thoughts: str, language: str, rng: random.Random, wavering: float = 0.
     language."""
     translated = {word.strip(): key for key, word in WORDS[language].items()}
     spoken, written = language, []
-    for before, word in zip(["", *thoughts.split()], thoughts.split()):
-        if word in LABELS and before.isdigit() and "=" in written:
+    words = thoughts.split()
+    for i, word in enumerate(words):
+        if i > 1 and word in LABELS and words[i - 2] == "=":  # behind a step's value
             if rng.random() < wavering:
                 spoken = OTHER[spoken]
             written.append(THEN[spoken])

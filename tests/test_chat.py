@@ -23,6 +23,11 @@ def requests(count: int, seed: int = 0, kinds=KINDS) -> list[Request]:
     return [Request.draw(rng, kinds) for _ in range(count)]
 
 
+def everything() -> dict[str, Request]:
+    """Every request that there is (by far more draws than it takes), by its question."""
+    return {r.question: r for kind in set(KINDS) for r in requests(4000, kinds=(kind,))}
+
+
 def told(request: Request) -> str:
     """The right answer again, out of the words of the question alone (an order to write has many)."""
     words, zh = request.question.split(), request.zh
@@ -118,7 +123,7 @@ def test_what_differs_from_the_right_answer_is_wrong(kind):
         unknown = ("i do not know .", "我 不 知道 。")[zh]
         wrong = [translated, unknown, SORRY[zh], f"{right} {right}", f"{unknown} {right}",
                  f"{right} {COURTESY[1 - zh]}", f"{right} {COURTESY[zh]} {COURTESY[zh]}",
-                 COURTESY[zh], right.split(" ", 1)[1], request.question]  # fmt: skip
+                 COURTESY[zh], right.split(" ", 2)[2], request.question]  # fmt: skip
         for answer in wrong:
             assert not request.correct(answer), (request.question, answer)
             assert request.helpful(answer) == 0
@@ -254,7 +259,7 @@ def test_no_training_file_asks_what_is_held_out(name):
 
 
 def test_the_general_data_answers_well_and_reasons_where_there_is_something_to_reason():
-    asked = {request.question: request for request in requests(6000, seed=6)}
+    asked = everything()
     reasoned = Counter()
     for row in chat.general(1500, seed=0):
         request, response = asked[row["prompt"]], row["response"]
@@ -266,10 +271,11 @@ def test_the_general_data_answers_well_and_reasons_where_there_is_something_to_r
 
 
 def test_the_chosen_answer_is_strictly_the_more_helpful_one():
-    asked = {request.question: request for request in requests(6000, seed=7, kinds=HARMLESS)}
+    asked = everything()
     values = Counter()
     for row in chat.preferences(2000, seed=0):
-        request = asked[row["prompt"]]  # none of them asks for harm
+        request = asked[row["prompt"]]
+        assert request.kind != "harm"
         worth = request.helpful(row["chosen"]), request.helpful(row["rejected"])
         assert worth[0] > worth[1], row
         values[worth] += 1

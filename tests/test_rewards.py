@@ -1,23 +1,35 @@
 """Tests of rewards.py: what must score, what must not, and how long a hostile output may take."""
 
+import copy
+import math
 import operator
-import re
 import time
 from fractions import Fraction
 
 import pytest
+import torch
 
 import rewards
+from data.problems import Problem
+from model import Config, Transformer
 from rewards import (
+    RewardModel,
     accuracy_reward,
     countdown_equal,
     extract_answer,
     format_reward,
+    general_format_reward,
+    language_of,
     language_reward,
     majority,
     math_equal,
+    need_rules,
+    pairwise_loss,
+    pointwise_loss,
     reflections,
+    summary,
 )
+from runtime.pretrained import load_pretrained, save_pretrained
 
 GOOD = "<think> 6 * 7 </think> <answer> 42 </answer>"
 HUGE = 300_000  # characters: more than an output of 32,768 tokens
@@ -652,8 +664,237 @@ def test_sixty_four_different_answers_are_counted_quickly():
     assert time.perf_counter() - start < 1
 
 
-def test_the_page_needs_only_the_standard_library_and_executes_nothing():
+def test_the_rules_execute_nothing():
     source = open(rewards.__file__, encoding="utf-8").read()
-    imports = re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)
-    assert set(imports) == {"re", "collections", "fractions", "functools"}
     assert not any(word + "(" in source for word in ("eval", "exec", "literal_eval", "sympify"))
+
+
+# ---- what no rule can check --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checker", ["judge", "helpful", "harmless", "mathh"])
+def test_problems_without_a_rule_are_refused_where_rules_are_needed(checker):
+    need_rules([Problem("1 + 1 ?", "2"), Problem("make 2", "2 from 1 1", "countdown")])
+    with pytest.raises(ValueError, match=f"say hello.*{checker}.*math, countdown"):
+        need_rules([Problem("1 + 1 ?", "2"), Problem("say hello", "", checker)])
+
+
+@pytest.mark.parametrize(
+    "response, said",
+    [
+        (GOOD, "42"),
+        (f"  {GOOD}\n", "42"),
+        ("<think> take fire </think> <answer> sorry . </answer>", "sorry ."),
+        ("<think> take fire </think> sorry .", "sorry ."),
+        ("take fire </think> sorry .", "sorry ."),  # the opening tag is missing
+        ("hello !", "hello !"),  # all of a plain answer
+        ("<answer> hello ! </answer>", "hello !"),
+        ("<think> a </think> so <answer> b </answer> it is", "so   b   it is"),
+        # Nothing where the reasoning has no clear end.
+        ("<think> take fire", ""),
+        ("<think> a </think> b </think> c", ""),
+        ("<think> a </think> b <think> c", ""),
+        ("<think> a <think> b </think> c", ""),
+        ("<think> a </think>", ""),
+        ("", ""),
+    ],
+)
+def test_the_summary_is_what_stands_outside_of_the_reasoning(response, said):
+    assert summary(response) == said
+
+
+def test_the_summary_of_an_output_that_starts_inside_the_reasoning():
+    """R1's chat template has opened it already."""
+    assert summary("take fire </think> sorry .", think_in_prompt=True) == "sorry ."
+    assert summary("sorry .", think_in_prompt=True) == ""
+    assert summary("<think> a </think> b", think_in_prompt=True) == ""
+
+
+@pytest.mark.parametrize(
+    "response, value",
+    [
+        (GOOD, 1.0),
+        ("hello !", 1.0),  # a plain answer, for what needs no reasoning
+        ("", 0.0),
+        (" \n", 0.0),
+        ("<answer> hello ! </answer>", 0.0),  # neither the one nor the other
+        ("<think> a </think> hello !", 0.0),
+        ("<think> a", 0.0),
+        ("hello ! </think>", 0.0),
+        ("<think> </think> <answer> hello ! </answer>", 0.0),
+        (GOOD + " anything else ?", 0.0),
+    ],
+)
+def test_general_prompts_may_be_answered_with_or_without_reasoning_but_tidily(response, value):
+    assert general_format_reward(response) == value
+
+
+def test_where_the_reasoning_is_opened_already_an_answer_is_not_plain():
+    assert general_format_reward("hello !", think_in_prompt=True) == 0
+    assert general_format_reward(GOOD.removeprefix("<think>"), think_in_prompt=True) == 1
+
+
+@pytest.mark.parametrize(
+    "text, language",
+    [("how are you ?", "en"), ("你 是 谁", "zh"), ("translate 猫", "zh"), ("", "en"), ("1 + 1", "en"),
+     ("\u3400", "zh"), ("\U00020000", "zh"), ("caf\u00e9", "en")],
+)  # fmt: skip
+def test_any_chinese_makes_a_text_chinese(text, language):
+    assert language_of(text) == language
+
+
+# ---- learned rewards ---------------------------------------------------------------------
+
+SMALL = dict(
+    vocab_size=11, hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6,
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, max_position_embeddings=64,
+)  # fmt: skip
+TEXTS = [[5, 3, 8, 1, 0], [2], [7, 7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 0, 4], [5, 3, 8, 1, 0], [7]]
+
+
+def make_reward_model(seed: int = 0) -> RewardModel:
+    torch.manual_seed(seed)
+    trunk = Transformer(Config.preset("toy", **SMALL))
+    with torch.no_grad():
+        for p in trunk.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 1.5 * p.shape[-1] ** -0.5)
+    model = RewardModel(trunk).double()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    return model
+
+
+def scores(model: RewardModel, texts: list[list[int]], **options) -> list[float]:
+    with torch.no_grad():
+        return model(texts, **options).tolist()
+
+
+def test_a_text_is_worth_what_the_head_makes_of_its_last_token():
+    model = make_reward_model()
+    found = scores(model, TEXTS)
+    assert max(found) - min(found) > 0.5
+    for text, score in zip(TEXTS, found):
+        with torch.no_grad():
+            hidden_D = model.trunk.hidden(torch.tensor([text]))[0][0, -1]  # alone, unpacked
+        assert score == pytest.approx(float(hidden_D @ model.head.weight[0].detach()), abs=1e-12)
+    assert found[0] == pytest.approx(found[5], abs=1e-12)  # the same text twice
+
+
+def test_neither_packing_nor_the_order_nor_other_texts_change_a_score():
+    model = make_reward_model()
+    alone = [scores(model, [text])[0] for text in TEXTS]
+    for row_tokens in (1, 8, 11, 256):
+        assert scores(model, TEXTS, row_tokens=row_tokens) == pytest.approx(alone, abs=1e-12)
+    order = [3, 6, 0, 2, 5, 1, 4]
+    assert scores(model, [TEXTS[i] for i in order]) == pytest.approx(
+        [alone[i] for i in order], abs=1e-12
+    )
+    others = [[10] * len(text) for text in TEXTS]
+    for i in range(len(TEXTS)):
+        mixed = [text if j == i else others[j] for j, text in enumerate(TEXTS)]
+        assert scores(model, mixed)[i] == pytest.approx(alone[i], abs=1e-12)
+
+
+def test_every_token_of_the_text_counts_and_none_that_follows():
+    model = make_reward_model()
+    [whole] = scores(model, [[5, 3, 8, 1]])
+    for t in range(4):
+        changed = [5, 3, 8, 1]
+        changed[t] = 10
+        assert abs(scores(model, [changed])[0] - whole) > 1e-6
+    [longer] = scores(model, [[5, 3, 8, 1, 6]])
+    assert abs(longer - whole) > 1e-6  # its last token is another one
+    # In one row, whatever comes after the end is of another text.
+    for after in ([6], [6, 6], [0, 9]):
+        assert scores(model, [[5, 3, 8, 1], after], row_tokens=8)[0] == pytest.approx(
+            whole, abs=1e-12
+        )
+
+
+def test_at_first_all_texts_are_worth_the_same():
+    model = RewardModel(make_reward_model().trunk)
+    assert set(scores(model, TEXTS)) == {0.0}
+
+
+def test_the_gradient_reaches_head_and_trunk_and_is_that_of_the_texts_alone():
+    model = make_reward_model()
+    packed, alone = copy.deepcopy(model), copy.deepcopy(model)
+    weights = torch.arange(1.0, len(TEXTS) + 1)
+    (packed(TEXTS) * weights).sum().backward()
+    for text, weight in zip(TEXTS, weights):
+        (alone([text]) * weight).sum().backward()
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters()):
+        assert (p.grad is None) == (q.grad is None) == ("lm_head" in name), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-12)
+    assert packed.trunk.model.embed_tokens.weight.grad.abs().max() > 1e-3
+
+
+def test_a_saved_reward_model_is_worth_the_same(tmp_path):
+    model = make_reward_model().float()
+    save_pretrained(model.trunk, tmp_path / "model", tokenizer_files=model.head_files())
+    again = RewardModel.load(load_pretrained(tmp_path / "model"), tmp_path / "model")
+    assert torch.equal(again.head.weight, model.head.weight)
+    assert scores(again, TEXTS) == pytest.approx(scores(model, TEXTS), abs=1e-5)
+    assert max(scores(again, TEXTS)) > 0.1
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_bradley_terry_the_pairwise_loss_and_its_gradient_by_hand():
+    pairs = [(0.0, 0.0), (2.0, 0.5), (-1.0, 3.0), (100.0, 98.0)]
+    chosen_N = torch.tensor([a for a, _ in pairs], dtype=torch.float64, requires_grad=True)
+    rejected_N = torch.tensor([b for _, b in pairs], dtype=torch.float64, requires_grad=True)
+    losses_N = pairwise_loss(chosen_N, rejected_N)
+    wanted = [-math.log(sigmoid(a - b)) for a, b in pairs]
+    assert losses_N.tolist() == pytest.approx(wanted, abs=1e-12)
+    assert losses_N[0].item() == pytest.approx(math.log(2))
+    losses_N.sum().backward()
+    push = [sigmoid(a - b) - 1 for a, b in pairs]  # towards a larger difference
+    assert chosen_N.grad.tolist() == pytest.approx(push, abs=1e-12)
+    assert rejected_N.grad.tolist() == pytest.approx([-p for p in push], abs=1e-12)
+
+
+def test_only_the_difference_of_a_pair_means_anything():
+    a_N, b_N = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 4.0]).double()
+    torch.testing.assert_close(pairwise_loss(a_N + 7, b_N + 7), pairwise_loss(a_N, b_N))
+
+
+def test_the_pointwise_loss_and_its_gradient_by_hand():
+    scores_N = torch.tensor([0.0, 2.0, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
+    good_N = torch.tensor([True, True, False, False])
+    losses_N = pointwise_loss(scores_N, good_N)
+    wanted = [-math.log(sigmoid(s) if good else 1 - sigmoid(s))
+              for s, good in zip(scores_N.tolist(), good_N.tolist())]  # fmt: skip
+    assert losses_N.tolist() == pytest.approx(wanted, abs=1e-12)
+    losses_N.sum().backward()
+    push = [sigmoid(s) - good for s, good in zip(scores_N.tolist(), good_N.tolist())]
+    assert scores_N.grad.tolist() == pytest.approx(push, abs=1e-12)
+
+
+def test_far_from_zero_the_losses_are_numbers_still():
+    far_N = torch.tensor([1e4, -1e4])
+    assert pairwise_loss(far_N, -far_N).tolist() == [0, 2e4]
+    assert pointwise_loss(far_N, torch.tensor([False, True])).tolist() == [1e4, 1e4]
+
+
+def test_a_reward_model_learns_which_texts_are_preferred():
+    """Those with a 3 somewhere before their end, which is the same for all."""
+    model = make_reward_model()
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randint(4, 11, (32, 5), generator=rng)
+    rows[:, 4] = 1
+    chosen = rows.clone()
+    chosen[torch.arange(32), torch.randint(0, 4, (32,), generator=rng)] = 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for _ in range(30):
+        loss = pairwise_loss(model(chosen[:24].tolist()), model(rows[:24].tolist())).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    held_out = torch.tensor(scores(model, chosen[24:].tolist()))
+    assert (held_out > torch.tensor(scores(model, rows[24:].tolist()))).all()

@@ -173,8 +173,8 @@ def test_every_update_says_what_explains_a_flat_reward(whole):
                 "tokens_per_second_update", "peak_mb_update"} <= row.keys()  # fmt: skip
     for row in rl[::2]:  # a rollout feeds two updates
         assert {"reward", "accuracy", "format", "language", "unparsed", "truncated", "tokens",
-                "reflection", "groups_without_signal", "skipped", "seconds_rollout", "seconds_reference",
-                "tokens_per_second_rollout"} <= row.keys()  # fmt: skip
+                "reflection", "groups_without_signal", "skipped", "seconds_rollout",
+                "seconds_reference", "tokens_per_second_rollout"} <= row.keys()  # fmt: skip
         assert row["mismatch"] < 1e-5  # the first of the two is on-policy
     assert all("reward" not in row for row in rl[1::2])
     assert all(math.isfinite(row["grad_norm"]) for row in rl)
@@ -476,7 +476,8 @@ def test_each_output_is_rewarded_for_its_own_question_and_end():
 def test_a_base_reads_and_is_examined_on_the_corpus_of_its_task(tmp_path, monkeypatch, data, mix):
     read, examined, documents, solutions = [], [], sft.documents, sft.solutions
     monkeypatch.setattr(
-        sft, "documents", lambda corpus, *rest: (read.append(corpus.mix), documents(corpus, *rest))[1]
+        sft, "documents",
+        lambda corpus, *rest: (read.append(corpus.mix), documents(corpus, *rest))[1],
     )  # fmt: skip
     monkeypatch.setattr(
         sft, "solutions", lambda seed, mix: (examined.append(mix), solutions(seed, mix))[1]
