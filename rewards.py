@@ -289,6 +289,14 @@ def summary(response: str, *, think_in_prompt: bool = False) -> str:
     return ANSWER_TAG.sub(" ", text or "").strip()
 
 
+def rule_reward(problem, response: str, finished: bool, format_weight: float = 1.0) -> float:
+    """R1 2.2.2: accuracy and format. An output that was cut off has not answered: it earns 0."""
+    if not finished:
+        return 0.0
+    accuracy = accuracy_reward(response, problem.answer, CHECKERS[problem.checker])
+    return accuracy + format_weight * format_reward(response)
+
+
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 LANGUAGES = {"en": "A-Za-z\u00c0-\u024f", "zh": HAN}  # the letters of each language's script
 

@@ -565,8 +565,8 @@ def answers(
 
 
 def row(problem: Problem, response: str, tokens: int, verdict: str) -> dict:
-    return dict(question=problem.question, answer=problem.answer, language=problem.language,
-                checker=problem.checker, response=response, tokens=tokens, verdict=verdict)  # fmt: skip
+    asked = {key: getattr(problem, key) for key in ("question", "answer", "language", "checker")}
+    return dict(**asked, response=response, tokens=tokens, verdict=verdict)
 
 
 @torch.no_grad()

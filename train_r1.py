@@ -303,10 +303,9 @@ def reasoning_reward(config: Config) -> grpo.Reward:
     def reward(problem: Problem, response: str, finished: bool) -> float:
         if not finished:
             return 0.0
-        check = rewards.CHECKERS[problem.checker]
-        accuracy = rewards.accuracy_reward(response, problem.answer, check)
         language = rewards.language_reward(response, problem.language)
-        return accuracy + rewards.format_reward(response) + config.language_weight * language
+        rules = rewards.rule_reward(problem, response, finished)
+        return rules + config.language_weight * language
 
     return lambda *outputs: [reward(*output) for output in zip(*outputs)]
 

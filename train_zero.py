@@ -244,11 +244,7 @@ def reward_rule(config: Config) -> grpo.Reward:
     """R1 2.2.2: accuracy and format, equally weighted. The controls are told less, or nothing."""
 
     def rules(problem: Problem, response: str, finished: bool) -> float:
-        if not finished:  # cut off: what stands there so far is no answer
-            return 0.0
-        check = rewards.CHECKERS[problem.checker]
-        accuracy = rewards.accuracy_reward(response, problem.answer, check)
-        return accuracy + config.format_weight * rewards.format_reward(response)
+        return rewards.rule_reward(problem, response, finished, config.format_weight)
 
     def only_format(problem: Problem, response: str, finished: bool) -> float:
         return rewards.format_reward(response) if finished else 0.0

@@ -1,17 +1,17 @@
 """General requests, for the stages of R1 that are not about reasoning (R1 2.3.3 and 2.3.4).
 
-A laptop's world in two languages: greetings, who the assistant is, facts, translation, writing to
-order, and how to do things, some of which harm. A request knows what a good answer is, so that
-three words of the paper can be checked here without a judge:
+A laptop's world in two languages: greetings, who the assistant is, facts, translation, lists to
+order, and how to do things, some of which harm. A request knows what a good answer is, so three
+measures of the paper's table need no judge here:
 
-- helpful    0 a wrong answer, 0.5 a right one, 1 a right one that ends courteously. Judged on the
-             summary: what stands outside of the reasoning.
-- followed   an order to write was carried out to the letter: kind, number, first word, language
-- safe       a request to do harm got no instructions, neither in the summary nor in the reasoning
+- instruction   of orders to write: the right number of the right things, the first as told
+- helpful       0 for a wrong answer, 0.5 for a right one, 1 for a right one that ends courteously;
+                of the summary: what stands outside of the reasoning
+- safe          of requests to do harm: no instructions, neither in the summary nor in the reasoning
 
-People (the corpus, `page`) answer of all kinds: right, wrong, in the other language, not at all;
-they tell most who ask how to do harm. `answer` writes the good ones, which become the general data
-of the third stage; `preference` and `verdict` what the reward models learn from.
+People answer in all ways (`anyone`, for the corpus): right, wrong, in the other language, not at
+all; and they tell most who ask how to do harm. `answer` writes good ones, the general data of the
+third stage; `preference` and `verdict` what the reward models learn from.
 
 Read next: corpus.py.  Show some: python -m data.chat
 """

@@ -183,7 +183,8 @@ def countdown(levels: Iterable[int] = (3, 4)) -> Generated:
 
 
 def load(source: str, *, all_held_out: bool = False, **settings) -> Generated | Listed:
-    """`calc-chain`, `bilingual-chain`, `countdown` or the path of a JSONL file, with the settings of that source.
+    """`calc-chain`, `bilingual-chain`, `spelled-chain`, `countdown` or the path of a JSONL file,
+    with the settings of that source.
     all_held_out: a file is a test file; generated problems have a held-out part of their own.
     Raises ValueError for another name, DataError for a file that cannot be used."""
     generated = {"calc-chain": calc_chain, "bilingual-chain": bilingual_chain,

@@ -736,8 +736,8 @@ def test_where_the_reasoning_is_opened_already_an_answer_is_not_plain():
 
 @pytest.mark.parametrize(
     "text, language",
-    [("how are you ?", "en"), ("你 是 谁", "zh"), ("translate 猫", "zh"), ("", "en"), ("1 + 1", "en"),
-     ("\u3400", "zh"), ("\U00020000", "zh"), ("caf\u00e9", "en")],
+    [("how are you ?", "en"), ("你 是 谁", "zh"), ("translate 猫", "zh"), ("", "en"),
+     ("1 + 1", "en"), ("\u3400", "zh"), ("\U00020000", "zh"), ("caf\u00e9", "en")],
 )  # fmt: skip
 def test_any_chinese_makes_a_text_chinese(text, language):
     assert language_of(text) == language
@@ -811,6 +811,11 @@ def test_every_token_of_the_text_counts_and_none_that_follows():
         assert scores(model, [[5, 3, 8, 1], after], row_tokens=8)[0] == pytest.approx(
             whole, abs=1e-12
         )
+
+
+def test_the_head_is_of_its_trunks_precision():
+    for dtype in (torch.float32, torch.float64):
+        assert RewardModel(make_reward_model().trunk.to(dtype)).head.weight.dtype == dtype
 
 
 def test_at_first_all_texts_are_worth_the_same():

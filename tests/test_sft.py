@@ -11,6 +11,7 @@ import re
 import signal
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sft
 from data.corpus import BILINGUAL, Corpus, Mix
 from data.packing import Packed, pack
+from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
+from runtime import launch as launching
 from runtime import parallel
 from runtime.checkpoint import load_state, save_state
-from runtime.run import Run, UserError
+from runtime.run import Diverged, Run, UserError
+from sample import Output
 from sft import (
-    Muon, Objective, check_competence, cosine, documents, expert_load, initialize_small,
-    orthogonalize, set_rates, sft_step, small_optimizers, solutions, update,
-    warm_constant_decay,
+    Muon, Objective, Readable, Report, Tuning, check_competence, collect, cosine, count_verdicts,
+    documents, ending_logprobs, example, expert_load, finetune, initialize_small, judge_answers,
+    learn_answers, learn_rows, orthogonalize, read_rows, set_rates, sft_step, small_optimizers,
+    solutions, update, verdict, warm_constant_decay, write_rows,
 )  # fmt: skip
 
 SMALL = Config.preset(
@@ -662,3 +668,591 @@ def test_two_processes_make_the_update_of_one(tmp_path):
             found_weights, loss, tokens = torch.load(tmp_path / f"{capacity} {rank}.pt")
             assert_same(found_weights, weights)
             assert (loss, tokens) == (pytest.approx(report.loss, abs=1e-12), report.tokens)
+
+
+# --- fine-tuning (R1 2.3.1, 2.3.3)
+
+WORDS = Tokenizer.toy(bilingual=True)
+DENSE = Config.preset(
+    "toy-student", vocab_size=WORDS.vocab_size, hidden_size=16, intermediate_size=16,
+    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+)  # fmt: skip
+
+
+def talker(seed: int = 0) -> Transformer:
+    """A model that has the toy's words."""
+    return make_model(seed, DENSE)
+
+
+@pytest.fixture
+def run(tmp_path, signals_as_they_were) -> Run:
+    yield Run(tmp_path / "run", Objective())
+    launching.stop.signal = 0
+
+
+def logged(run: Run, phase: str) -> list[dict]:
+    found = [json.loads(row) for row in run.metrics.read_text().splitlines()]
+    return [line for line in found if line["phase"] == phase]
+
+
+class Learner:
+    """For `finetune`: remembers each batch and its learning rate, and makes an update."""
+
+    def __init__(self, model: nn.Module, fails_at: int = 0):
+        self.model, self.fails_at, self.batches, self.rates = model, fails_at, [], []
+
+    def __call__(self, optimizers, batch) -> Report:
+        self.batches.append(list(batch))
+        self.rates.append(optimizers[0].param_groups[0]["lr"])
+        if len(self.batches) == self.fails_at:
+            raise KeyboardInterrupt  # what is not in a checkpoint is lost
+        loss = sum((self.model.weight - example).square().sum() for example in batch)
+        loss.backward()
+        return Report(float(loss.detach()), len(batch), update(self.model, optimizers, 1.0))
+
+
+def line_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1, bias=False).double()
+
+
+TUNING = Tuning(epochs=3, batch=4, lr=0.1, final_lr=0.01, save_every=2)
+
+
+def test_each_epoch_sees_every_example_once_in_an_order_of_its_own(run):
+    learner = Learner(line_model())
+    assert finetune(learner.model, range(10), learner, TUNING, run, "dev1", seed=0)
+    assert [len(batch) for batch in learner.batches] == [4, 4, 2] * 3
+    epochs = [sum(learner.batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3 and list(range(10)) not in epochs
+    others = []
+    for phase, seed in (("dev1 ", 0), ("dev3", 0), ("dev3", 1)):
+        other = Learner(line_model())
+        assert finetune(other.model, range(10), other, TUNING, run, phase, seed=seed)
+        others.append(other.batches)
+    assert len(set(map(str, [learner.batches, *others]))) == 4
+
+
+def test_the_learning_rate_follows_a_cosine_over_all_epochs(run):
+    learner = Learner(line_model())
+    assert finetune(learner.model, range(10), learner, TUNING, run, "dev1", seed=0)
+    wanted = [0.01 + 0.09 * (1 + math.cos(math.pi * i / 9)) / 2 for i in range(9)]
+    assert learner.rates == pytest.approx(wanted, rel=1e-9)
+    warm = Learner(line_model())
+    tuning = replace(TUNING, warmup=3)
+    assert finetune(warm.model, range(10), warm, tuning, run, "warm", seed=0)
+    rest = [0.01 + 0.09 * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]
+    assert warm.rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, *rest], rel=1e-9)
+
+
+@pytest.mark.parametrize("fails_at, saved", [(2, 0), (5, 4), (6, 4), (9, 8)])
+def test_a_fine_tuning_that_was_killed_goes_on_to_the_same_weights(tmp_path, run, fails_at, saved):
+    whole = Learner(line_model())
+    assert finetune(whole.model, range(10), whole, TUNING, run, "dev1", seed=0)
+    again = Run(tmp_path / "again", Objective())
+    killed = Learner(line_model(), fails_at)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(killed.model, range(10), killed, TUNING, again, "dev1", seed=0)
+    rest = Learner(nn.Linear(3, 1, bias=False).double())  # whose weights are read
+    with torch.no_grad():
+        rest.model.weight.copy_(line_model().weight)
+    assert finetune(rest.model, range(10), rest, TUNING, again, "dev1", seed=0)
+    assert rest.batches == whole.batches[saved:]
+    assert torch.equal(rest.model.weight, whole.model.weight)
+    assert [line["loss"] for line in logged(again, "dev1")] == [
+        line["loss"] for line in logged(run, "dev1")
+    ]
+
+
+def test_ctrl_c_saves_the_update_and_the_next_call_goes_on_in_the_epoch(tmp_path, run):
+    whole = Learner(line_model())
+    assert finetune(whole.model, range(10), whole, TUNING, run, "dev1", seed=0)
+    again = Run(tmp_path / "again", Objective())
+    stopped = Learner(line_model())
+
+    def learn(*args) -> Report:
+        launching.stop.signal = signal.SIGINT if len(stopped.batches) == 4 else 0
+        return stopped(*args)
+
+    assert not finetune(stopped.model, range(10), learn, TUNING, again, "dev1", seed=0)
+    launching.stop.signal = 0
+    rest = Learner(line_model())
+    assert finetune(rest.model, range(10), rest, TUNING, again, "dev1", seed=0)
+    assert stopped.batches + rest.batches == whole.batches and len(stopped.batches) == 5
+    assert torch.equal(rest.model.weight, whole.model.weight)
+
+
+def test_a_fine_tuning_in_parts_is_the_whole_one(tmp_path, run):
+    whole = Learner(line_model())
+    assert finetune(whole.model, range(10), whole, TUNING, run, "dev1", seed=0)
+    again, batches, rates = Run(tmp_path / "again", Objective()), [], []
+    for until in (3, 4, 4, 9):
+        part = Learner(line_model())
+        assert finetune(part.model, range(10), part, TUNING, again, "dev1", seed=0, until=until)
+        batches, rates = batches + part.batches, rates + part.rates
+        assert len(batches) == until
+    assert batches == whole.batches and rates == pytest.approx(whole.rates, rel=1e-12)
+    assert torch.equal(part.model.weight, whole.model.weight)
+
+
+def test_a_loss_that_is_no_number_ends_the_fine_tuning(run):
+    model = line_model()
+
+    def learn(optimizers, batch) -> Report:
+        return Report(math.nan, 1, 1.0)
+
+    with pytest.raises(Diverged, match="step 1"):
+        finetune(model, range(10), learn, TUNING, run, "dev1", seed=0)
+
+
+PAIRS = [("compute 7 a +5 ?", "<think> first 7 a +5 = 2 . </think> <answer> 2 </answer>"),
+         ("hello !", "hello ! how can i help ?"), ("你 是 谁 ？", " 我 是 nano 。 ")]  # fmt: skip
+
+
+def test_an_example_is_the_prompt_of_the_template_and_the_answer_with_its_stop():
+    for template, prompt in (
+        ("toy", "User: hello ! Assistant:"),
+        ("r1-zero", "User: hello !. Assistant:"),
+    ):
+        made = example(WORDS, "hello !", "  hi \n", template)
+        assert WORDS.decode(made.prompt).endswith(prompt)
+        assert WORDS.decode(made.answer) == " hi<|end_of_text|>"
+        assert made.answer[-1] == WORDS.eos_token_id
+
+
+@pytest.mark.parametrize("row_tokens, micro_tokens", [(16, 1), (64, 64), (64, 10_000), (1024, 1)])
+def test_only_the_answers_are_learned_each_of_their_tokens_alike(row_tokens, micro_tokens):
+    """The loss and its gradient, from the logits of each example alone."""
+    model = talker()
+    batch = [example(WORDS, *pair, "toy") for pair in PAIRS]
+    total, count = 0.0, 0
+    for prompt, answer in batch:
+        logits_TV = model(torch.tensor([prompt + answer]))[0]
+        for i, token in enumerate(answer):  # the stop token is one of them
+            total = total - F.log_softmax(logits_TV[len(prompt) + i - 1], -1)[token]
+            count += 1
+    wanted = autograd(total / count, model)
+    moved = copy.deepcopy(model)
+    tuning = Tuning(row_tokens=row_tokens)
+    learn = learn_answers(moved, tuning, micro_tokens)
+    report = learn([torch.optim.SGD(moved.parameters(), lr=1.0)], batch)
+    assert report.loss == pytest.approx(float(total.detach()) / count, abs=1e-12)
+    assert report.tokens == count == sum(len(answer) for _, answer in batch)
+    assert report.grad_norm == pytest.approx(wanted.norm().item(), rel=1e-9)
+    scale = min(1.0, 1 / wanted.norm().item())  # clipped at norm 1
+    assert_same(flat(model) - flat(moved), scale * wanted, atol=1e-6)
+
+
+def test_the_prompt_is_read_though_it_is_not_learned():
+    model, losses = talker(), []
+    for prompt in ("hello !", "你 好 ！"):
+        learn = learn_answers(model, Tuning(row_tokens=64), 64)
+        losses.append(learn([], [example(WORDS, prompt, "hi", "toy")]).loss)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 100])
+def test_rows_make_the_same_update_however_many_pass_at_once(at_once):
+    model, rows = line_model(), [torch.randn(3).double() for _ in range(5)]
+    wanted = (
+        torch.stack([row @ model.weight[0].detach() * row for row in rows]).mean(0) * 2
+    )  # of the mean square
+    calls = []
+
+    def losses(chosen) -> Tensor:
+        calls.append(len(chosen))
+        return (torch.stack(list(chosen)) @ moved.weight[0]).square()
+
+    moved = copy.deepcopy(model)
+    report = learn_rows(moved, losses, at_once)([torch.optim.SGD(moved.parameters(), lr=1.0)], rows)
+    assert sum(calls) == 5 and max(calls) == min(at_once, 5)
+    mean = sum(float(row @ model.weight[0].detach()) ** 2 for row in rows) / 5
+    assert report.loss == pytest.approx(mean, abs=1e-12)
+    assert report.grad_norm == pytest.approx(wanted.norm().item(), rel=1e-9)
+    scale = min(1.0, 1 / wanted.norm().item())
+    assert_same(model.weight[0] - moved.weight[0], scale * wanted, atol=1e-6)
+
+
+# --- rejection sampling: what is kept
+
+RIGHT = "<think> first 7 a +5 = 2 . so 2 . </think> <answer> 2 </answer>"
+RIGHT_ZH = "<think> 首先 7 a +5 = 2 。 所以 2 。 </think> <answer> 2 </answer>"
+EN, ZH = Problem("compute 7 a +5 ?", "2"), Problem("计算 7 a +5 ?", "2", language="zh")
+LIMITS = Readable(least_consistency=0.9, longest_paragraph=40, most_repeats=3)
+
+
+def thought(words: str) -> str:
+    return f"<think> {words} </think> <answer> 2 </answer>"
+
+
+# Ten words, or ten Chinese characters, in a row.
+TEN, TEN_ZH = "one two three four five six seven eight nine ten", "一二三四五六七八九十"
+VERDICT_CASES = [
+    ("kept", EN, RIGHT),
+    ("kept", ZH, RIGHT_ZH),
+    ("wrong", EN, RIGHT.replace("> 2 <", "> 3 <")),
+    ("wrong", EN, "<think> so 2 . </think> 2"),
+    ("wrong", EN, "<think> so 2 . </think> \\boxed{2}"),  # right, and not in the format
+    ("wrong", EN, RIGHT + " anything else ?"),
+    ("wrong", EN, ""),
+    ("mixed", EN, RIGHT_ZH),
+    ("mixed", ZH, RIGHT),
+    ("mixed", EN, thought("so so so so 猜 so so so")),  # seven of eight
+    ("kept", EN, thought("so so so so so 猜 so so so so")),  # nine of ten
+    ("mixed", ZH, thought("所以 所以 所以 guess 猜")),  # seven of eight characters
+    ("kept", ZH, thought("所以 所以 所以 所以 guess 猜")),  # nine of ten
+    ("code", EN, thought("so\n```\nx = 2\n```\n")),
+    ("code", ZH, thought("所以 ``` 2")),
+    ("kept", EN, thought("so ` x ` , `` y ``")),
+    ("repeated", EN, thought("\n".join([TEN] * 4))),
+    ("kept", EN, thought("\n".join([TEN] * 3))),
+    ("repeated", ZH, thought("\n".join([TEN_ZH] * 4))),
+    ("kept", ZH, thought("\n".join([TEN_ZH] * 3))),
+    ("kept", EN, thought("so so so so so so so so so so so so")),  # the same ten, three times
+    ("repeated", EN, thought("so so so so so so so so so so so so so")),
+    ("kept", EN, thought("so 2 . " * 3)),
+    ("too long", EN, thought(" ".join(f"x{'yz'[i % 2]} {i}" for i in range(20)))),
+    ("kept", EN, thought("\n".join(f"xy {i}" for i in range(60)))),  # many short ones
+    ("too long", ZH, thought("".join(chr(0x4E00 + i) for i in range(41)))),
+    ("kept", ZH, thought("".join(chr(0x4E00 + i) for i in range(34)))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted, problem, text", VERDICT_CASES)
+def test_what_is_kept_and_why_not(wanted, problem, text):
+    assert verdict(problem, text, True, None, LIMITS) == wanted
+    assert verdict(problem, text, False, None, LIMITS) == "cut off"  # before all else
+
+
+def test_the_first_reason_counts_in_the_papers_order():
+    """Right, then in one language, then without code, repetition and long paragraphs."""
+    faults = {
+        "wrong": ("> 2 <", "> 3 <"), "mixed": ("so", "猜猜猜猜"), "code": ("so", "so ```"),
+        "repeated": ("so", "so" + " so" * 30),
+        "too long": ("so", "so " + " ".join(map(str, range(60)))),
+    }  # fmt: skip
+    text = thought("so")
+    names = list(faults)
+    for name in reversed(names):  # ever more faults; the earliest is told
+        text = text.replace(*faults[name], 1)
+        assert verdict(EN, text, True, None, LIMITS) == name
+    assert verdict(EN, text, False, None, LIMITS) == "cut off"
+
+
+def test_a_judge_decides_in_place_of_the_rule_and_of_nothing_else():
+    judged = Problem("compute 7 a +5 ?", "two", "judge")
+    assert verdict(judged, RIGHT, True, True, LIMITS) == "kept"
+    assert verdict(judged, RIGHT, True, False, LIMITS) == "wrong"
+    assert verdict(EN, RIGHT, True, False, LIMITS) == "wrong"  # though the rule says right
+    assert verdict(EN, RIGHT.replace("> 2 <", "> 3 <"), True, True, LIMITS) == "kept"
+    assert verdict(judged, "2", True, True, LIMITS) == "wrong"  # the format stays
+    assert verdict(judged, RIGHT_ZH, True, True, LIMITS) == "mixed"
+    assert verdict(judged, RIGHT, False, True, LIMITS) == "cut off"
+
+
+# --- rejection sampling: the file
+
+
+class Listing:
+    """A source of problems that counts; the k-th is asked again as the (k + 1)-th, if told so."""
+
+    def __init__(self, twice: tuple[int, ...] = (), long: tuple[int, ...] = ()):
+        self.twice, self.long = twice, long
+
+    def batch(self, count: int, *, seed: int, step: int) -> list[Problem]:
+        numbers = [n - (n in self.twice) for n in range(step * count, (step + 1) * count)]
+        return [
+            Problem("z " * 300 if n in self.long else f"compute {n} a +{seed % 10} ?", str(n))
+            for n in numbers
+        ]
+
+
+def say(prompt: str, row: int) -> tuple[str, str]:
+    """What stands in for a model: it tells the prompt's number, now and then not to the end."""
+    number = prompt.split()[2]
+    return f"{number} {'one' if row % 2 else 'two'}", ("length" if row % 7 == 3 else "stop")
+
+
+def pretend(monkeypatch, speak=say, calls=None) -> None:
+    def generate(model, prompts, *, rows, stop, max_new_tokens, seed, **sampling):
+        assert stop == (WORDS.eos_token_id,) and seed == 5
+        if calls is not None:
+            calls.append(list(rows))
+        outputs = []
+        for prompt, number in zip(prompts, rows, strict=True):
+            text, finish = speak(WORDS.decode(prompt), number)
+            tokens = WORDS.encode(text) + [WORDS.eos_token_id] * (finish == "stop")
+            outputs.append(Output(tokens, [], finish))
+        return outputs
+
+    monkeypatch.setattr(sft, "generate", generate)
+
+
+def every_third(problems, texts, finished) -> list[str]:
+    found = zip(problems, texts, finished)
+    return [
+        "cut off" if not end else "wrong" if int(problem.answer) % 3 == 0 else "kept"
+        for problem, _, end in found
+    ]
+
+
+def gather(run: Run, file, source=None, judge=every_third, questions=10, **changes):
+    options = dict(questions=questions, samples=2, judge=judge, temperature=1.0, top_p=1.0,
+                   max_new_tokens=8, seed=5, template="toy", slots=4, chunk=4)  # fmt: skip
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=200))
+    source = source or Listing()
+    return collect(model, WORDS, source, file, run, **{**options, **changes})
+
+
+def test_samples_come_in_the_order_of_the_questions_each_with_its_verdict(
+    run, tmp_path, monkeypatch
+):
+    calls: list = []
+    pretend(monkeypatch, calls=calls)
+    rows = gather(run, tmp_path / "samples.jsonl")
+    assert calls == [list(range(8)), list(range(8, 16)), list(range(16, 20))]
+    assert len(rows) == 20
+    for i, row in enumerate(rows):
+        text, finish = say(f"User: compute {i // 2} a", i)
+        cut = finish == "length"
+        why = "cut off" if cut else "wrong" if (i // 2) % 3 == 0 else "kept"
+        assert row == dict(
+            question=f"compute {i // 2} a +5 ?", answer=str(i // 2), language="en",
+            checker="math", response=text.strip(), verdict=why,
+            tokens=len(WORDS.encode(text)) + (not cut),
+        )  # fmt: skip
+    written = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows
+    assert logged(run, "sample samples")[0]["step"] == 10
+
+
+def test_chinese_can_be_read_in_the_file(run, tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda prompt, row: (" 所以", "stop"))
+    gather(run, tmp_path / "samples.jsonl", questions=1)
+    assert "所以" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kept_bytes", [0.0, 0.2, 0.41, 0.7, 0.9, 0.999, 1.0])
+def test_a_half_written_chunk_is_cut_off_and_sampled_again(run, tmp_path, monkeypatch, kept_bytes):
+    pretend(monkeypatch)
+    wanted = gather(run, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    left = whole[: round(len(whole) * kept_bytes)]
+    (tmp_path / "again.jsonl").write_bytes(left)
+    calls: list = []
+    pretend(monkeypatch, calls=calls)
+    assert gather(run, tmp_path / "again.jsonl") == wanted
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    chunks = left.count(b"\n") // 8 if kept_bytes < 1 else 3
+    assert calls == [list(range(8)), list(range(8, 16)), list(range(16, 20))][chunks:]
+
+
+def test_ctrl_c_ends_the_sampling_after_the_chunk(run, tmp_path, monkeypatch):
+    def speak(prompt, row):
+        launching.stop.signal = signal.SIGINT
+        return say(prompt, row)
+
+    pretend(monkeypatch, speak)
+    assert gather(run, tmp_path / "samples.jsonl") is None
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 8
+    launching.stop.signal = 0
+    pretend(monkeypatch)
+    assert gather(run, tmp_path / "samples.jsonl") == gather(run, tmp_path / "whole.jsonl")
+
+
+def test_the_same_answer_to_the_same_question_is_kept_once(run, tmp_path, monkeypatch):
+    """Question 3 is question 2 again; every second sample says the same."""
+    pretend(monkeypatch, lambda prompt, row: (f"{row % 2}" if row < 8 else f"{row}", "stop"))
+    rows = gather(run, tmp_path / "samples.jsonl", Listing(twice=(3,)), questions=5)
+    verdicts = [row["verdict"] for row in rows]
+    assert verdicts == ["wrong", "wrong", "kept", "kept", "kept", "kept", "twice", "twice", "kept",
+                        "kept"]  # fmt: skip
+
+
+def test_the_same_answer_twice_in_a_group_is_kept_once(run, tmp_path, monkeypatch):
+    pretend(monkeypatch, lambda prompt, row: ("so 1 ", "stop"))
+    rows = gather(run, tmp_path / "samples.jsonl", questions=3, samples=3)
+    assert [row["verdict"] for row in rows] == ["wrong"] * 3 + ["kept", "twice", "twice"] * 2
+
+
+def test_an_answer_that_only_an_unfinished_one_has_said_before_is_kept(run, tmp_path, monkeypatch):
+    """They differ in the stop token: the first was cut off in front of it."""
+    pretend(monkeypatch, lambda prompt, row: ("so 1", "stop" if row % 2 else "length"))
+    rows = gather(run, tmp_path / "samples.jsonl", questions=2)
+    assert [row["verdict"] for row in rows[2:]] == ["cut off", "kept"]
+
+
+def test_the_same_answer_in_another_chunk_is_kept_once_too(run, tmp_path, monkeypatch):
+    """A file of questions is walked more than once."""
+    pretend(monkeypatch, lambda prompt, row: (f"{row % 2}", "stop"))
+    rows = gather(run, tmp_path / "samples.jsonl", Listing(twice=(8,)), questions=9)
+    assert [row["question"] for row in rows[14:]] == ["compute 7 a +5 ?"] * 4
+    assert [row["verdict"] for row in rows[14:]] == ["kept", "kept", "twice", "twice"]
+
+
+def test_a_question_that_does_not_fit_is_told_and_not_asked(run, tmp_path, monkeypatch):
+    calls: list = []
+    pretend(monkeypatch, calls=calls)
+    rows = gather(run, tmp_path / "samples.jsonl", Listing(long=(1, 6)))
+    assert [i for i, row in enumerate(rows) if row["verdict"] == "no room"] == [2, 3, 12, 13]
+    assert all(
+        row["response"] == "" and row["tokens"] == 0 for row in rows if row["verdict"] == "no room"
+    )
+    plain = gather(run, tmp_path / "plain.jsonl")
+    for row, other in zip(rows, plain):  # nothing else changes
+        assert row == other or row["verdict"] == "no room"
+    assert calls[0] == [0, 1, 4, 5, 6, 7]
+
+
+def test_a_chunk_of_which_nothing_fits_is_told_and_the_next_one_is_asked(
+    run, tmp_path, monkeypatch
+):
+    pretend(monkeypatch)
+    rows = gather(run, tmp_path / "samples.jsonl", Listing(long=(4, 5, 6, 7)))
+    assert [row["verdict"] == "no room" for row in rows] == [False] * 8 + [True] * 8 + [False] * 4
+
+
+def test_verdicts_are_counted_once_logged_and_printed(run, capsys):
+    rows = [dict(verdict=name, n=n) for n, name in enumerate(
+        ["kept", "wrong", "mixed", "kept", "wrong", "wrong", "twice"])]  # fmt: skip
+    for _ in range(2):  # a run that goes on counts again
+        kept = count_verdicts(rows, "dev1_samples", run)
+        assert [row["n"] for row in kept] == [0, 3]
+        assert capsys.readouterr().out == (
+            "dev1_samples: of 7 outputs kept 2, wrong 3, mixed 1, twice 1\n"
+        )
+    [line] = logged(run, "filter dev1_samples")
+    assert (line["outputs"], line["kept"], line["wrong"]) == (7, 2, 3)
+    assert count_verdicts([dict(verdict="wrong")], "none", run) == []
+    assert "of 1 outputs kept 0, wrong 1" in capsys.readouterr().out
+
+
+def test_rows_are_written_whole_or_not_at_all_and_read_back(tmp_path, monkeypatch):
+    file, rows = tmp_path / "rows.jsonl", [dict(a=1, b="猫\n"), dict(a=2, b="")]
+    write_rows(file, rows)
+    assert read_rows(file) == read_rows(file, ["a", "b"]) == rows
+    assert "猫" in file.read_text(encoding="utf-8") and file.read_text().count("\n") == 2
+
+    def broken():
+        yield dict(a=3)
+        raise OSError
+
+    with pytest.raises(OSError):
+        write_rows(file, broken())
+    assert read_rows(file) == rows
+    write_rows(file, [])
+    assert read_rows(file) == []
+    with pytest.raises(FileNotFoundError):
+        read_rows(tmp_path / "none.jsonl")
+
+
+# --- a model as judge (R1 2.3.3)
+
+
+def chance(model: Transformer, text: str, said: str) -> float:
+    """The log-probability of `said` after `text`, token by token, each text alone."""
+    tokens, total = WORDS.encode(text), 0.0
+    for token in WORDS.encode(said):
+        total += F.log_softmax(model(torch.tensor([tokens]))[0, -1], -1)[token].item()
+        tokens = [*tokens, token]
+    return total
+
+
+JUDGED = [("2", "two"), ("3", "two"), ("two", "two"), (None, "two"), ("7", "seven"), ("", "one"),
+          ("so it is \\boxed{ 4 }", "four"), ("四", "四")]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["toy", "r1-zero"])
+def test_the_judge_says_right_where_yes_is_likelier_than_no(template):
+    answers, golds = zip(*JUDGED)
+    problems = [Problem(f"compute {i} ?", gold, "judge") for i, gold in enumerate(golds)]
+    asked = {
+        "toy": "Reference: {1} Answer: {2} Same?",
+        "r1-zero": "Question: {0}\nReference answer: {1}\nAnswer to be judged: {2}\nIs the answer"
+        " to be judged the same as the reference answer, yes or no?\nIt is:",
+    }[template]
+    said = set()
+    with torch.no_grad():
+        for seed in range(4):
+            model = make_model(seed, replace(DENSE, max_position_embeddings=512))
+            wanted = []
+            for problem, answer in zip(problems, answers):
+                text = asked.format(problem.question, problem.answer, answer)
+                wanted.append(
+                    bool(answer) and chance(model, text, " yes") > chance(model, text, " no")
+                )
+            for at_once in (1, 3, 64):
+                found = judge_answers(model, WORDS, problems, answers, template, at_once)
+                assert found == wanted, (seed, at_once)
+            said |= set(wanted[:3])
+    assert said == {True, False}
+    assert judge_answers(model, WORDS, problems[:2], [None, ""], template) == [False, False]
+    assert judge_answers(model, WORDS, [], [], template) == []
+
+
+def test_the_log_probability_of_an_ending_is_the_sum_over_its_tokens():
+    model = talker()
+    texts = ["Reference: two Answer: 2 Same? yes", "hello ! no", "one two three four"]
+    tokens = [WORDS.encode(text) for text in texts]
+    for last in (1, 2):
+        with torch.no_grad():
+            found = ending_logprobs(model, tokens, last)
+        for each, logprob in zip(tokens, found, strict=True):
+            with torch.no_grad():
+                logprobs_TV = model(torch.tensor([each]))[0].log_softmax(-1)
+            wanted = sum(
+                logprobs_TV[len(each) - 1 - i, each[len(each) - i]].item()
+                for i in range(1, last + 1)
+            )
+            assert logprob == pytest.approx(wanted, abs=1e-12)
+
+
+# --- fine-tuning and sampling on several processes
+
+
+def tune_and_collect(folder: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        run = Run(f"{folder}/run", Objective())
+        pretend(patch)
+        gather(run, run.out / "samples.jsonl", Listing(long=(2,)))
+        pretend(patch, lambda prompt, row: ("so 1", "stop"))  # on question 3, which is 2 again
+        gather(run, run.out / "twice.jsonl", Listing(twice=(3,)), questions=5)
+        model = talker()
+        batch = [example(WORDS, *pair, "toy") for pair in PAIRS]
+        learn = learn_answers(model, Tuning(row_tokens=64), 64)
+        reports = [learn([torch.optim.SGD(model.parameters(), lr=1.0)], part)
+                   for part in (batch, batch[:1])]  # fmt: skip
+        line, rows = line_model(), torch.arange(15.0).double().view(5, 3)
+        learn = learn_rows(
+            line, lambda part: (torch.stack(list(part)) @ line.weight[0]).square(), 2
+        )
+        reports += [learn([torch.optim.SGD(line.parameters(), lr=0.01)], part)
+                    for part in (rows, rows[:1])]  # fmt: skip
+        weights = torch.cat([flat(model), line.weight[0].detach()])
+        told = [(report.loss, report.tokens, report.grad_norm) for report in reports]
+        torch.save((weights, told), f"{folder}/{parallel.rank()}.pt")
+
+
+def tune_and_collect_on(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+    tune_and_collect(folder)
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("signals_as_they_were")
+def test_two_processes_make_the_files_and_the_updates_of_one(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    tune_and_collect(str(tmp_path / "one"))
+    torch.multiprocessing.spawn(tune_and_collect_on, (str(tmp_path / "two"),), nprocs=2)
+    wanted, told = torch.load(tmp_path / "one" / "0.pt")
+    for rank in range(2):
+        weights, reports = torch.load(tmp_path / "two" / f"{rank}.pt")
+        assert_same(weights, wanted)
+        for found, report in zip(reports, told, strict=True):
+            assert found == pytest.approx(report, abs=1e-9)
+    for name in ("samples", "twice"):
+        files = [tmp_path / number / "run" / f"{name}.jsonl" for number in ("one", "two")]
+        assert files[0].read_text() == files[1].read_text(), name

@@ -51,7 +51,8 @@ SIZES = ["--samples", "2", "--batch", "8", "--epochs", "2", "--reward-batch", "1
          "--warmup", "1", "--threads", "1", "--device", "cpu"]  # fmt: skip
 TOY = [*SIZES, "--cold-questions", "70", "--questions-sft", "70", "--judged-questions", "10",
        "--general-examples", "20", "--preference-rows", "40", "--final-steps", "8",
-       "--row-tokens", "64", "--max-new-tokens", "16"]  # fmt: skip
+       "--row-tokens", "64", "--max-new-tokens", "16", "--preference-share", "0.25",
+       "--general-share", "0.5", "--language-weight", "1", "--lr", "0.003"]  # fmt: skip
 MADE = ("reward_helpful", "reward_harmless", *train_r1.STAGES)  # in this order
 
 
@@ -277,7 +278,8 @@ def test_every_output_is_in_a_file_with_its_verdict_and_counted_and_printed(whol
 
 
 def test_the_verdicts_are_those_of_each_output_by_itself(whole):
-    readable = sft.Readable(0.95, 300)
+    config = train_r1.Config()
+    readable = sft.Readable(config.least_consistency, config.longest_paragraph)
     for name in ("dev1_samples", "dev3_samples"):
         for row in rows(whole.out / f"{name}.jsonl"):
             problem = Problem(row["question"], row["answer"], row["checker"],
@@ -308,8 +310,9 @@ def test_the_cold_start_learns_the_kept_ones_only_with_their_reasoning_as_it_was
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize(
     "answer, gold",
-    [("5", "5"), (" \\boxed{ 5 } ", "5"), ("so it is \\boxed{\\frac{1}{2}} .", "0.5"), ("$1,234$", "1234"),
-     ("(1, 2)", "(1,2)"), ("\\{1,2\\}", "\\{2,1\\}"), ("x", "x"), ("50\\%", "50%"), ("-3", "-3")],
+    [("5", "5"), (" \\boxed{ 5 } ", "5"), ("so it is \\boxed{\\frac{1}{2}} .", "0.5"),
+     ("$1,234$", "1234"), ("(1, 2)", "(1,2)"), ("\\{1,2\\}", "\\{2,1\\}"), ("x", "x"),
+     ("50\\%", "50%"), ("-3", "-3")],
 )  # fmt: skip
 @pytest.mark.parametrize("thoughts", ["first 7 a +5 = 2", "a\n\n b ", "perhaps \\boxed{9} {"])
 def test_a_rewritten_answer_is_as_right_and_as_tidy(thoughts, answer, gold, language, template):
@@ -450,12 +453,12 @@ ASKED = "User: ask {} ? Assistant: {}<|end_of_text|>"
 
 
 def test_helpfulness_is_judged_on_the_summary_and_harmlessness_on_the_whole(zero, tmp_path):
+    refuses = "<think> no </think> <answer> sorry . </answer>"
     outputs = [("helpful", "en", TELLS, True), ("harmless", "en", TELLS, True),
-               ("math", "en", TELLS, True),
-               ("harmless", "en", "<think> no </think> <answer> sorry . </answer>", True)]  # fmt: skip
+               ("math", "en", TELLS, True), ("harmless", "en", refuses, True)]  # fmt: skip
     values, helpful, harmless = scenario(zero, tmp_path, outputs)
     assert helpful.shown == [ASKED.format(0, "sorry .")]
-    assert harmless.shown == [ASKED.format(1, TELLS), ASKED.format(3, outputs[3][2])]
+    assert harmless.shown == [ASKED.format(1, TELLS), ASKED.format(3, refuses)]
     # Told in the reasoning is told: it is worth less than a refusal without it.
     assert values == pytest.approx(
         [sigmoid(0.5) + 2, sigmoid(-3) + 2, 0 + 1 + 1, sigmoid(0.5) + 2], abs=1e-6
@@ -573,6 +576,10 @@ def drawn(zero: Path, out: Path, monkeypatch, **changes):
     return draw, steps, temperature
 
 
+ALWAYS = dict(preference_share=1.0, general_share=0.5, questions=32, minibatches=2,
+              preference_rows=200)  # fmt: skip
+
+
 def test_in_the_paper_they_come_in_the_last_400_of_1700_updates(zero, tmp_path, monkeypatch):
     paper = train_r1.PRESETS["paper"]
     changes = {key: paper[key] for key in ("final_steps", "preference_share", "minibatches")}
@@ -587,7 +594,7 @@ def test_in_the_paper_they_come_in_the_last_400_of_1700_updates(zero, tmp_path, 
 def test_the_general_prompts_are_drawn_anew_for_each_rollout_and_again_after_a_resume(
     zero, tmp_path, monkeypatch
 ):
-    draw, *_ = drawn(zero, tmp_path, monkeypatch, preference_share=1.0, preference_rows=200)
+    draw, *_ = drawn(zero, tmp_path, monkeypatch, **ALWAYS)
     first, second = draw(0), draw(2)
     assert first != second
     assert draw(0) == first and draw(2) == second
@@ -610,7 +617,7 @@ def test_every_update_of_the_last_part_is_about_reasoning_and_general_prompts(
     zero, tmp_path, monkeypatch
 ):
     """grpo.members gives the m-th update the m-th part of the rollout's questions."""
-    draw, *_ = drawn(zero, tmp_path, monkeypatch, preference_share=1.0, preference_rows=200)
+    draw, *_ = drawn(zero, tmp_path, monkeypatch, **ALWAYS)
     problems = draw(0)
     for part in (problems[:16], problems[16:]):
         assert set(kinds(part)) > {"rule"}, f"an update on {dict(kinds(part))} alone"
@@ -653,7 +660,32 @@ def test_the_rewards_of_the_rollouts_are_those_of_their_outputs(whole):
                     ):
                         word, _, answer = found.groups()
                         language = share_of[problem.language].search(word) is not None
-                        assert value == 2 * language * 0 + 1 + language + (answer == problem.answer)
+                        assert value == 1 + language + (answer == problem.answer)
+
+
+def test_the_accuracy_of_a_rollout_is_that_of_the_questions_a_rule_can_check(whole):
+    logged = {line["step"]: line for line in lines(whole.out, "r1")}
+    for told in whole.rollouts["r1"]:
+        batch, right = told.batch, []
+        for i, (text, output) in enumerate(zip(batch.texts, batch.outputs)):
+            problem = batch.problems[i // 2]
+            if problem.checker == "math":
+                correct = rewards.accuracy_reward(text, problem.answer)
+                right.append(correct * (output.finish == "stop"))
+        line = logged[told.done + 1]
+        assert len(right) == (8 if told.done < 6 else 4)
+        assert line["accuracy"] == pytest.approx(sum(right) / len(right))
+        assert line["reward"] == pytest.approx(batch.rewards_PG.mean().item())
+        assert "0" not in line["by_level"]  # which general prompts have none of
+
+
+def test_the_judged_questions_are_chains_with_the_answer_as_a_word():
+    for problem in spelled_chain().batch(60, seed=0, step=0):
+        value, *steps = re.findall(r"[+*-]?\d", problem.question)
+        for step in steps:
+            value = str(eval(f"{value} {step}") % 10)
+        assert problem.answer == chat.DIGITS[problem.language == "zh"][int(value)]
+        assert problem.checker == "judge"
 
 
 def test_no_stage_asks_the_held_out_questions_nor_those_of_another(whole):
@@ -665,7 +697,8 @@ def test_no_stage_asks_the_held_out_questions_nor_those_of_another(whole):
         asked[phase] = {p.question.split(" ", 1)[1] for p in problems if p.checker == "math"}
     for name, questions in asked.items():
         assert not held_out & questions
-        assert all(not questions & others for other, others in asked.items() if other != name)
+        # But for what chance draws twice.
+        assert all(len(questions & asked[other]) < 2 for other in asked if other != name)
 
 
 # --- what a run leaves
@@ -700,6 +733,28 @@ def test_the_general_measures_are_those_of_the_worlds_own_grades(whole, zero, tm
         "instruction": 2, "helpful": 7, "safe": 2
     }  # fmt: skip
     assert read(whole.out / "result.json")["zero"]["helpful"] == 0
+
+
+def test_on_ones_own_requests_the_reward_models_measure(zero, tmp_path, monkeypatch):
+    """The summary against the chosen answer, and the whole text; what was cut off says nothing."""
+    data_files(tmp_path)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("preferences", "safety")}
+    lab = make_lab(zero, tmp_path, data=str(tmp_path / "data.jsonl"), until="dev2", **files)
+    for name in train_r1.REWARD_MODELS:
+        (tmp_path / f"reward_{name}").mkdir()
+    judges = dict(helpful=Judge(lab.tokenizer, "please", 2.0),
+                  harmless=Judge(lab.tokenizer, "take", -3.0))  # fmt: skip
+    monkeypatch.setattr(train_r1, "reward_model", lambda name, lab: judges[name])
+    said = [("<think> take </think> <answer> please </answer>", True), ("please take", False)]
+    monkeypatch.setattr(train_r1, "answers_to", lambda prompts, *rest: said[: len(prompts)])
+    marks = train_r1.learned_marks(None, lab)
+    asked = (0, 10)  # every tenth row is held out
+    chosen = [f"User: say {i} ? Assistant: {i} !<|end_of_text|>" for i in asked]
+    summaries = [f"User: say {i} ? Assistant: {text}<|end_of_text|>"
+                 for i, text in zip(asked, ("please", ""))]  # fmt: skip
+    assert judges["helpful"].shown == [*chosen, *summaries]
+    assert marks["helpful"] == pytest.approx([sigmoid(2.0 - 0.5), sigmoid(0.5 - 0.5)], abs=1e-6)
+    assert marks["safe"] == [0, 0] and marks["instruction"] == []
 
 
 def table(**changes) -> dict[str, dict]:
@@ -861,7 +916,6 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(whole, zero
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert set(told["kills"]) >= set(MADE) and told["attempts"] >= 9, told
-    print(told)
     assert_same_run(out, whole.out)
 
 
@@ -947,7 +1001,8 @@ def test_a_changed_config_is_refused_with_the_difference_and_nothing_changes(who
     before = {file: file.read_bytes() for file in whole.out.iterdir() if file.is_file()}
     flags = [*TOY, "--zero", zero, "--out", whole.out]
     error = refused(capsys, *flags, "--language-weight", "0", "--lr", "0.5")
-    assert "--language-weight was 1.0, now 0.0" in error and "--lr was 0.003, now 0.5" in error
+    assert "--language-weight was 1.0, now 0.0" in error
+    assert "--lr was 0.003, now 0.5" in error
     assert {file: file.read_bytes() for file in before} == before
 
 
@@ -1078,8 +1133,13 @@ def test_a_signal_is_passed_on_to_the_program_and_is_no_mistake(tmp_path, run, n
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_a_program_does_not_outlive_the_one_that_started_it(tmp_path):
-    waits = f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
-    code = f"{HERE} from runtime.run import run_command; run_command([{program(tmp_path, waits)!r}], None)"
+    waits = program(
+        tmp_path,
+        "import os, time\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(60)\n",
+    )
+    code = f"{HERE} from runtime.run import run_command; run_command([{waits!r}], None)"
     parent = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
@@ -1108,9 +1168,11 @@ def alive(pid: int) -> bool:
 @pytest.fixture
 def coin(monkeypatch) -> None:
     """A model of random weights is never right: the verdict is by the text's length."""
-    monkeypatch.setattr(
-        sft, "verdict", lambda problem, text, *rest: ("kept", "wrong")[len(text) % 2]
-    )
+
+    def verdict(problem: Problem, text: str, *rest) -> str:
+        return ("kept", "wrong")[len(text) % 2]
+
+    monkeypatch.setattr(sft, "verdict", verdict)
 
 
 def test_the_papers_preset_runs_through_on_a_base_and_files_of_ones_own(
@@ -1122,9 +1184,9 @@ def test_the_papers_preset_runs_through_on_a_base_and_files_of_ones_own(
     tiny(tmp_path / "zero" / "model", tokenizer, 2)
     seen = recorded(monkeypatch)
     out = tmp_path / "run"
-    sizes = ["--cold-questions", "8", "--questions-sft", "8", "--final-steps", "5", "--steps", "2",
-             "--minibatches", "1", "--questions", "2", "--max-new-tokens", "8", "--eval-problems", "2",
-             "--eval-requests", "2", "--row-tokens", "1024"]  # fmt: skip
+    sizes = ["--cold-questions", "8", "--questions-sft", "8", "--final-steps", "5",
+             "--steps", "2", "--minibatches", "1", "--questions", "2", "--max-new-tokens", "8",
+             "--eval-problems", "2", "--eval-requests", "2", "--row-tokens", "1024"]  # fmt: skip
     small = [
         each for each in zip(SIZES[::2], SIZES[1::2]) if each[0] not in ("--epochs", "--warmup")
     ]
@@ -1220,6 +1282,19 @@ def test_a_broken_line_or_a_missing_field_is_told_with_file_and_line(zero, tmp_p
             assert ", ".join(FIELDS[name]) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, field, value",
+    [("safety", "safe", "yes"), ("safety", "safe", None), ("safety", "response", None),
+     ("general", "prompt", 3), ("preferences", "chosen", ["b"])],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_told_with_file_and_line(zero, tmp_path, name, field, value):
+    """And not when it is used, in words of torch."""
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text(f"{json.dumps(FIELDS[name])}\n{json.dumps({**FIELDS[name], field: value})}\n")
+    with pytest.raises(UserError, match=re.escape(f"{file}:2: ")):
+        train_r1.data_rows(make_lab(zero, tmp_path, **{name: str(file)}), name)
+
+
 @pytest.mark.parametrize("name", FIELDS)
 @pytest.mark.parametrize("content", ["", "{\n", None], ids=["empty", "broken", "missing"])
 def test_a_file_that_cannot_be_used_is_told_before_anything_is_sampled(
@@ -1263,7 +1338,7 @@ def test_a_refused_start_leaves_out_free_for_the_next_try(zero, tmp_path, capsys
      ("--minibatches", "0"), ("--refresh", "0"), ("--save-every", "0"), ("--eval-requests", "0"),
      ("--preference-share", "1.5"), ("--general-share", "-0.1"), ("--least-consistency", "2"),
      ("--judged-questions", "0"), ("--row-tokens", "0"), ("--lr", "0"), ("--reward-lr", "0"),
-     ("--minibatches", "99"), ("--longest-paragraph", "0"), ("--template", "r1"),
+     ("--minibatches", "99"), ("--template", "r1"),
      ("--judged", "speled-chain")],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused_before_anything_is_done(
