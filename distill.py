@@ -15,8 +15,9 @@ how many CPU-seconds. The same command continues a run that was stopped, at any 
 
 Departures from the paper, besides size:
 - the dataset is of reasoning only: the paper's 800k samples have 200k general ones;
-- the paper compares students after any compute (RL: over 10k updates); here both may use the same,
-  and who says that the teacher's samples were there anyway reads the curve without their cost;
+- the paper compares students after any compute (RL: over 10k updates); here both use the same
+  (--rl-cost gives RL more), and the curve without the cost of the samples is for whom they are
+  there anyway;
 - the evaluation samples at T = 1 and top-p 1, as RL does (the paper: 0.6 and 0.95);
 - not reported and chosen here: AdamW without weight decay, the samples for each question, the
   limits of what is readable, R1-Zero's settings for the RL that is compared.
@@ -65,7 +66,7 @@ STUDENTS = {
 PAPER = dict(
     teacher="DeepSeek-R1", data="train.jsonl", samples=800_000, per_question=4, epochs=2, batch=64,
     decay=0.1, context=32768, max_new_tokens=30720, questions=512, group_size=16, minibatches=16,
-    rl_lr=3e-6, beta=0.001, refresh=400, micro_tokens=32768,
+    rl_lr=3e-6, beta=0.001, format_weight=1.0, refresh=400, micro_tokens=32768,
 )  # fmt: skip
 
 
@@ -79,21 +80,22 @@ class Config:
     out: str = flag("runs/distill", "directory of the run")
     seed: int = flag(0, "random seed")
     compare_rl: bool = flag(False, "RL on the same base as well, at the same cost")
-    pretrain_steps: int = flag(550, "updates that make a toy student's base, of 2048 tokens each")
+    pretrain_steps: int = flag(800, "updates that make a toy student's base, of 2048 tokens each")
     # The dataset.
-    samples: int = flag(3000, "outputs that the teacher writes, before they are filtered")
+    samples: int = flag(1500, "outputs that the teacher writes, before they are filtered")
     per_question: int = flag(1, "of these to each question")
     temperature: float = flag(1.0, "at which it writes them")
     top_p: float = flag(1.0, "nucleus: the fewest tokens that together are as probable as this")
     least_consistency: float = flag(0.95, "share of a kept reasoning's words in its language")
     longest_paragraph: int = flag(300, "words of the longest paragraph that is kept")
     # Distillation.
-    epochs: int = flag(6, "passes over the dataset")
+    epochs: int = flag(4, "passes over the dataset")
     batch: int = flag(64, "examples of an update")
     lr: float = flag(5e-3, "highest learning rate")
     decay: float = flag(0.1, "share of it that the cosine ends at")
     context: int = flag(128, "tokens of a row of examples; longer ones are left out")
     # RL.
+    rl_cost: float = flag(1.0, "what it may cost, as a multiple of distilling and its samples")
     questions: int = flag(32, "questions of a rollout")
     group_size: int = flag(8, "outputs for each question (G)")
     minibatches: int = flag(2, "updates that follow one rollout")
@@ -102,7 +104,7 @@ class Config:
     eps: float = flag(0.2, "clip range of the ratio")
     beta: float = flag(0.0, "weight of the KL to the reference; 0 saves its forward pass")
     refresh: int = flag(40, "updates after which the policy becomes the reference")
-    format_weight: float = flag(1.0, "weight of the format reward beside the accuracy's 1")
+    format_weight: float = flag(0.2, "weight of the format reward beside the accuracy's 1")
     # Evaluation.
     max_new_tokens: int = flag(112, "longest output")
     eval_problems: int = flag(224, "held-out problems")
@@ -110,7 +112,7 @@ class Config:
     curve_problems: int = flag(105, "of these for a point of a curve")
     curve_samples: int = flag(4, "outputs for each of them")
     points: int = flag(8, "of the distilled student's curve, which is also how often it is saved")
-    rollouts: int = flag(4, "between two points of the curve of RL, and two of its checkpoints")
+    rollouts: int = flag(3, "between two points of the curve of RL, and two of its checkpoints")
     # The machine.
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
     micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
@@ -129,10 +131,10 @@ class Config:
         if self.minibatches > self.questions:
             most = f"at most --questions, {self.questions}"
             raise UserError(f"--minibatches {self.minibatches}: {most}")
-        if not (0 < self.decay <= 1 and self.lr > 0 and self.rl_lr > 0):
+        if not 0 < self.decay <= 1 or min(self.lr, self.rl_lr, self.rl_cost) <= 0:
             raise UserError(
-                f"--lr {self.lr}, --rl-lr {self.rl_lr}, --decay {self.decay}: learning rates are"
-                " more than 0, and the share that a cosine ends at is more than 0 and at most 1"
+                f"--lr {self.lr}, --rl-lr {self.rl_lr}, --rl-cost {self.rl_cost}, --decay"
+                f" {self.decay}: all are more than 0, and --decay is at most 1"
             )
         if self.student in MODELS and self.data != "bilingual-chain":
             raise UserError(
@@ -371,7 +373,7 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
     """R1-Zero's RL (R1 2.2) on the same base, for as long as distillation and its samples took, to
     the end of the part in which they are used up. False where stopped."""
     config = lab.config
-    budget = lab.spent["samples"] + lab.spent["distilled"]
+    budget = config.rl_cost * (lab.spent["samples"] + lab.spent["distilled"])
     part = config.rollouts * config.minibatches
 
     def draw(done: int) -> list[Problem]:
@@ -380,8 +382,8 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
 
     def learn_until(done: int) -> bool:
         course = grpo.Course(
-            steps=done, minibatches=config.minibatches,
-            lr=config.rl_lr, warmup=config.warmup, refresh=config.refresh, save_every=part,
+            steps=done, minibatches=config.minibatches, lr=config.rl_lr, warmup=config.warmup,
+            refresh=config.refresh, save_every=part,
         )  # fmt: skip
         return grpo.reinforce(
             policy, lab.tokenizer, draw, rule_reward(config), lambda done: settings(config), course,
@@ -401,14 +403,10 @@ def settings(config: Config) -> grpo.Settings:
 def rule_reward(config: Config) -> grpo.Reward:
     """R1 2.2.2: accuracy and format."""
 
-    def rule(problem: Problem, response: str, finished: bool) -> float:
-        if not finished:  # cut off: what stands there so far is no answer
-            return 0.0
-        check = rewards.CHECKERS[problem.checker]
-        accuracy = rewards.accuracy_reward(response, problem.answer, check)
-        return accuracy + config.format_weight * rewards.format_reward(response)
+    def rules(problem: Problem, response: str, finished: bool) -> float:
+        return rewards.rule_reward(problem, response, finished, config.format_weight)
 
-    return lambda *outputs: [rule(*output) for output in zip(*outputs)]
+    return lambda *outputs: [rules(*output) for output in zip(*outputs)]
 
 
 # ---- the comparison ------------------------------------------------------------------------
@@ -432,8 +430,9 @@ def compare(spent: dict[str, float], curves: dict[str, list[dict]], rows: int = 
         f" {spent['distilled']:.0f} for SFT on them, {spent['rl']:.0f} for RL",
         f"{'CPU-seconds':>11}{'distilled':>12}{'samples free':>14}{'RL':>8}",
     ]
+    longest = max(spent["samples"] + spent["distilled"], spent["rl"])
     for i in range(rows + 1):
-        seconds = i / rows * (spent["samples"] + spent["distilled"])
+        seconds = i / rows * longest
         values = [
             reached(curves["distilled"], seconds - spent["samples"]),
             reached(curves["distilled"], seconds),

@@ -47,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 HERE = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
 SIZES = ["--samples", "2", "--batch", "8", "--epochs", "2", "--reward-batch", "12", "--steps", "4",
          "--questions", "4", "--group-size", "2", "--minibatches", "2", "--eval-problems", "7",
-         "--eval-samples", "2", "--eval-requests", "9", "--save-every", "2", "--refresh", "2",
+         "--eval-samples", "2", "--eval-requests", "9", "--save-every", "2", "--refresh", "3",
          "--warmup", "1", "--threads", "1", "--device", "cpu"]  # fmt: skip
 TOY = [*SIZES, "--cold-questions", "70", "--questions-sft", "70", "--judged-questions", "10",
        "--general-examples", "20", "--preference-rows", "40", "--final-steps", "8",
@@ -882,9 +882,12 @@ def killed_until_done(out: Path, *argv) -> None:
     rng, kills, made = random.Random(0), Counter(), {}
     torch.optim.AdamW([torch.zeros(1)])  # imports what takes a second, once for all
     for attempt in range(60):
-        limits = {
-            stage: rng.randint(1, 12 + 14 * kills[stage]) for stage in MADE if kills[stage] < 2
-        }
+        limits = {}  # of each stage a kill near its beginning, then one further on
+        for stage in MADE:
+            if kills[stage] == 0:
+                limits[stage] = rng.randint(1, 12)
+            elif kills[stage] == 1:  # of RL behind its first checkpoint
+                limits[stage] = rng.randint(*((24, 34) if stage in ("dev2", "r1") else (1, 14)))
         at = missing(out)
         child = os.fork()
         if child == 0:
