@@ -601,6 +601,9 @@ def tendencies(results: dict[str, dict]) -> Iterator[tuple[str, bool]]:
             for key in ("instruction", "helpful", "safe"):
                 if result[key] is not None:
                     yield f"{name} is better than Zero: {key}", result[key] > zero[key]
+    for key in ("instruction", "helpful"):
+        if r1 and r1[key] is not None:
+            yield f"R1 is better than Dev3: {key}", r1[key] > dev3[key]
 
 
 def seconds(run: Run) -> dict[str, float]:

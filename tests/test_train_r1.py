@@ -772,7 +772,7 @@ def table(**changes) -> dict[str, dict]:
 
 def test_the_tendencies_of_the_paper_are_all_there_in_a_good_run():
     claims = dict(train_r1.tendencies(table()))
-    assert len(claims) == 12 and all(claims.values())
+    assert len(claims) == 14 and all(claims.values())
     only_dev2 = {name: row for name, row in table().items() if name in ("zero", "dev1", "dev2")}
     assert len(dict(train_r1.tendencies(only_dev2))) == 4
 
@@ -790,7 +790,11 @@ def test_the_tendencies_of_the_paper_are_all_there_in_a_good_run():
         (dict(dev3_instruction=0.1), ["Dev3 is better than Zero: instruction"]),
         (dict(dev3_helpful=0.05), ["Dev3 is better than Zero: helpful"]),
         (dict(r1_safe=0.3), ["R1 is better than Zero: safe"]),
-        (dict(r1_helpful=0.0), ["R1 is better than Zero: helpful"]),
+        (
+            dict(r1_helpful=0.0),
+            ["R1 is better than Zero: helpful", "R1 is better than Dev3: helpful"],
+        ),
+        (dict(r1_instruction=0.6), ["R1 is better than Dev3: instruction"]),
         (
             dict(zero_safe=1.0),
             ["Dev3 is better than Zero: safe", "R1 is better than Zero: safe"],
@@ -807,7 +811,7 @@ def test_what_was_not_measured_is_not_claimed():
     for row in results.values():
         row.update(instruction=None)
     claims = dict(train_r1.tendencies(results))
-    assert not any("instruction" in claim for claim in claims) and len(claims) == 10
+    assert not any("instruction" in claim for claim in claims) and len(claims) == 11
 
 
 # --- killed, stopped, started again
