@@ -82,7 +82,7 @@ class Config:
     out: str = flag("runs/distill", "directory of the run")
     seed: int = flag(0, "random seed")
     compare_rl: bool = flag(False, "RL on the same base as well, at the same cost")
-    pretrain_steps: int = flag(800, "updates that make a toy student's base, of 2048 tokens each")
+    pretrain_steps: int = flag(1200, "updates that make a toy student's base, of 2048 tokens each")
     # The dataset.
     samples: int = flag(1500, "outputs that the teacher writes, before they are filtered")
     per_question: int = flag(1, "of these to each question")

@@ -361,7 +361,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         weight = trunk.lm_head.weight
-        self.head = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device)
+        self.head = nn.Linear(
+            weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
+        )
         nn.init.zeros_(self.head.weight)  # at first all texts are worth the same
 
     def forward(self, texts: Sequence[list[int]], row_tokens: int = 256) -> Tensor:
@@ -372,7 +374,7 @@ class RewardModel(nn.Module):
         hidden_BTD, _ = self.trunk.hidden(packed.tokens_BT, packed.positions_BT)
         last_BT = packed.positions_BT == lengths[packed.documents_BT.clamp(min=0)] - 1
         last_BT &= packed.documents_BT >= 0
-        scores = self.head(hidden_BTD[last_BT].to(self.head.weight.dtype))[:, 0]
+        scores = self.head(hidden_BTD[last_BT])[:, 0]
         return torch.empty_like(scores).index_copy(0, packed.documents_BT[last_BT], scores)
 
     def head_files(self) -> dict[str, bytes]:

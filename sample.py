@@ -449,15 +449,15 @@ def open_model(directory: str, device: str, dtype: torch.dtype) -> tuple[Transfo
 
 def fitting_prompts(
     model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], template: str | None,
-    max_new_tokens: int,
+    max_new_tokens: int, or_none: bool = False,
 ) -> tuple[list[list[int]], list[int]]:  # fmt: skip
     """Every problem's prompt, and the indices of those that leave room for an output. Raises
-    UserError where none does."""
+    UserError where none does, unless that may be."""
     template = template or tokenizer.template
     prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
     room = model.config.max_position_embeddings - max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not fitting:
+    if not fitting and not or_none:
         raise UserError(
             f"none of {len(problems)} problems fits: the shortest prompt has"
             f" {min(map(len, prompts))} tokens, and {room} fit beside --max-new-tokens"

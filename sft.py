@@ -509,7 +509,8 @@ def collect(
     rows = []
     if parallel.is_main():
         rows = read_rows(file, whole=chunk * samples, total=questions * samples)
-    done = parallel.all_sum(len(rows)) // samples
+    done, seen = parallel.all_sum(len(rows)) // samples, set()
+    mark_repeated(rows, seen)
     with progress(questions, f"sample {file.stem}", initial=done) as bar:
         while done < questions:
             count = min(chunk, questions - done)
@@ -524,11 +525,13 @@ def collect(
             done += count
             if parallel.is_main():
                 file.parent.mkdir(parents=True, exist_ok=True)
+                mark_repeated(found, seen)
                 with file.open("a", encoding="utf-8") as out:
                     out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
             bar.update(count)
             if run.stopping and done < questions:
                 return None
+    run.rewind(f"sample {file.stem}", -1)
     run.log(phase=f"sample {file.stem}", step=done, **run.timing())
     parallel.barrier()
     return read_rows(file)
@@ -540,7 +543,9 @@ def answers(
     **sampling,
 ) -> list[dict]:  # fmt: skip
     """The rows of one chunk, in the order of the questions, on all processes."""
-    prompts, fitting = fitting_prompts(model, tokenizer, problems, template, max_new_tokens)
+    prompts, fitting = fitting_prompts(
+        model, tokenizer, problems, template, max_new_tokens, or_none=True
+    )
     mine = parallel.shard(fitting)
     outputs = generate(
         model, [prompts[i] for i in mine for _ in range(samples)], max_new_tokens=max_new_tokens,
@@ -550,18 +555,21 @@ def answers(
     asked = [problems[i] for i in mine for _ in range(samples)]
     texts = [spell(tokenizer, output) for output in outputs]
     said = judge(asked, texts, [output.finish == "stop" for output in outputs])
-    groups, seen = [], set()
-    for j in range(len(mine)):
-        group = []
-        for k in range(j * samples, (j + 1) * samples):
-            told = asked[k].question, texts[k].strip()
-            why = "twice" if said[k] == "kept" and told in seen else said[k]
-            seen.add(told)
-            group.append(row(asked[k], texts[k].strip(), len(outputs[k].tokens), why))
-        groups.append(group)
+    judged = zip(asked, texts, outputs, said)
+    rows = [row(problem, text.strip(), len(o.tokens), why) for problem, text, o, why in judged]
+    groups = [rows[j : j + samples] for j in range(0, len(rows), samples)]
     found = dict(zip(fitting, parallel.gather_list(groups)))
     none = {i: [row(problems[i], "", 0, "no room")] * samples for i in range(len(problems))}
     return [each for i in range(len(problems)) for each in found.get(i, none[i])]
+
+
+def mark_repeated(rows: list[dict], seen: set[tuple[str, str]]) -> None:
+    """The same kept answer to the same question is kept once."""
+    for row in rows:
+        if row["verdict"] == "kept":
+            told = row["question"], row["response"]
+            row["verdict"] = "twice" if told in seen else "kept"
+            seen.add(told)
 
 
 def row(problem: Problem, response: str, tokens: int, verdict: str) -> dict:
@@ -611,11 +619,11 @@ def write_rows(file: Path, rows: Sequence[dict]) -> None:
 
 
 def read_rows(
-    file: Path, fields: Sequence[str] = (), *, whole: int = 0, total: int = 0
+    file: Path, fields: dict[str, type] = {}, *, whole: int = 0, total: int = 0
 ) -> list[dict]:
     """The JSON lines of a file. whole: cut off what follows the last whole chunk of so many lines,
     which a killed run has left, unless all `total` are there. Raises FileNotFoundError, or
-    UserError with file and line for what is no JSON object with these fields."""
+    UserError with file and line for what is no JSON object with these fields of these types."""
     if whole and not file.exists():
         return []
     *lines, rest = file.read_bytes().split(b"\n")
@@ -626,18 +634,18 @@ def read_rows(
         lines.append(rest)  # somebody's own file, without a line break at its end
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            found = json.loads(line)
+            found = json.loads(line) if line.strip() else None
         except ValueError as error:
             raise UserError(f"{file}:{number}: {error}; expected a JSON object") from None
-        missing = [field for field in fields if not isinstance(found, dict) or field not in found]
-        if missing or not isinstance(found, dict):
-            fields = fields or ("one",)
+        if found is None and not line.strip():
+            continue
+        known = isinstance(found, dict)
+        if not (known and all(type(found.get(name)) is kind for name, kind in fields.items())):
+            kinds = ", ".join(kind.__name__ for kind in fields.values())
             raise UserError(
                 f"{file}:{number}: found {line[:60].decode(errors='replace')!r}; expected a JSON"
-                f" object with {', '.join(fields)}"
+                + f" object with {', '.join(fields)} ({kinds})".removesuffix(" with  ()")
             )
         rows.append(found)
     return rows

@@ -43,7 +43,7 @@ import rewards
 import sft
 from data import chat
 from data.problems import Generated, Listed, Problem, load
-from data.prompts import sum_up
+from data.prompts import build_prompt, sum_up
 from data.tokenizer import Tokenizer
 from model import Transformer
 from rewards import RewardModel
@@ -65,7 +65,7 @@ class Config:
         None, "JSONL file to evaluate on (default: held-out part of --data)"
     )
     judged: str | None = flag(
-        "spelled-chain", "questions that only a model can judge, for the third stage; none: without"
+        None, "questions that only a model can judge, for the third stage (default: the toy's)"
     )
     general: str | None = flag(None, "JSONL of prompt, response (default: the toy's)")
     preferences: str | None = flag(None, "JSONL of prompt, chosen, rejected (default: the toy's)")
@@ -121,25 +121,38 @@ class Config:
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
+        def refuse(name: str, allowed: str) -> None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {allowed}")
+
         for name in COUNTS:
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+                refuse(name, "at least 1")
         for name in ("preference_share", "general_share", "least_consistency"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: from 0 to 1")
+                refuse(name, "from 0 to 1")
+        for name in ("lr", "rl_lr", "reward_lr", "final_temperature"):
+            if getattr(self, name) <= 0:
+                refuse(name, "more than 0")
+        if self.minibatches > self.questions:
+            refuse("minibatches", f"at most --questions, {self.questions}")
         if not self.is_toy and self.until in ("dev3", "r1"):
             needed = ("general", "preferences", "safety")[: 1 if self.until == "dev3" else 3]
             if missing := [f"--{name} FILE" for name in needed if getattr(self, name) is None]:
-                raise UserError(f"--data {self.data} needs {', '.join(missing)} for --until"
-                                f" {self.until}; or stop before: --until dev2")  # fmt: skip
-        settings(self, temperature=1.0)  # refuses what concerns GRPO
+                raise UserError(
+                    f"--data {self.data} needs {', '.join(missing)} for --until {self.until}; or"
+                    " stop before: --until dev2"
+                )
+        if self.template is not None:
+            build_prompt("", self.template)  # refuses an unknown one
+        settings(self, self.final_temperature)  # and so does this for what concerns GRPO
 
     @property
     def is_toy(self) -> bool:
         return self.data == "bilingual-chain"
 
 
-COUNTS = ("cold_questions", "cold_examples", "questions_sft", "general_examples", "samples",
+COUNTS = ("cold_questions", "cold_examples", "questions_sft", "judged_questions",
+          "general_examples", "samples", "row_tokens",
           "epochs", "batch", "steps", "final_steps", "questions", "minibatches", "refresh",
           "max_new_tokens", "preference_rows", "reward_batch", "eval_problems", "eval_samples",
           "eval_requests", "save_every", "slots", "micro_tokens")  # fmt: skip
@@ -148,7 +161,7 @@ PRESETS = {
     "toy": {},
     # As published; what is not reported: cold_questions, samples, steps, general_share.
     "paper": dict(
-        data="train.jsonl", judged=None, out="runs/r1-paper", template="r1-zero",
+        data="train.jsonl", out="runs/r1-paper", template="r1-zero",
         cold_questions=10_000, cold_examples=5_000, questions_sft=200_000, samples=4,
         general_examples=200_000, longest_paragraph=500, epochs=2, batch=128, lr=5e-5,
         final_lr=5e-6, row_tokens=32768, steps=10_400, final_steps=1700,
@@ -159,13 +172,14 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    source, held_out = prepare(config)
     run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
     if not zero_is_there(config, run):  # stopped by Ctrl-C; the same command goes on
         return
-    lab = prepare(config, run)
-    stages = dict(dev1=cold_start, dev2=reasoning_rl, dev3=rejection_sampling, r1=all_scenarios)
+    lab = Lab(config, run, Tokenizer.load(Path(config.zero) / "model"), source, held_out)
     if config.until == "r1" and not all(reward_model(name, lab) for name in REWARD_MODELS):
         return
+    stages = dict(dev1=cold_start, dev2=reasoning_rl, dev3=rejection_sampling, r1=all_scenarios)
     results = {"zero": assess("zero", lab)}
     for name in STAGES[: STAGES.index(config.until) + 1]:
         directory = run.out / name
@@ -176,6 +190,52 @@ def main(config: Config) -> None:
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         results[name] = assess(name, lab)
     report(results, run, config.eval_samples)
+
+
+def prepare(config: Config) -> tuple[Generated | Listed, list[Problem]]:
+    """The reasoning questions and the held-out ones. What can't work is refused here, before
+    anything is written or computed."""
+    source = load(config.data)
+    test = source if config.test_data is None else load(config.test_data, all_held_out=True)
+    held_out = test.held_out(config.eval_problems)
+    problems = [*held_out, *getattr(source, "train", [])]
+    rewards.need_rules(problems)
+    for language in {problem.language for problem in problems}:
+        rewards.language_reward("", language)  # refuses an unknown one
+    if config.judged:
+        try:
+            load(config.judged)
+        except ValueError as error:
+            raise UserError(f"--judged {config.judged}: {error}") from error
+    for name in FIELDS:
+        if file := getattr(config, name):
+            if not sft.read_rows(Path(file), FIELDS[name]):
+                raise UserError(f"--{name} {file}: the file has no row")
+    zero = Path(config.zero)
+    if not (zero / "model").is_dir() and not (config.is_toy and config.model is None):
+        raise UserError(
+            f"no R1-Zero in {zero}: first run python train_zero.py --preset paper --model"
+            f" {config.model or 'DIR'} --data {config.data} --out {zero}"
+        )
+    if (zero / "model").is_dir():
+        base = Path(config.model or zero / "base")
+        if not base.is_dir():
+            raise UserError(f"no base in {base}: give --model DIR, what the R1-Zero began as")
+        if Tokenizer.load(base).files() != Tokenizer.load(zero / "model").files():
+            raise UserError(f"{base} and {zero / 'model'} have different tokenizers: give the base"
+                            " that the R1-Zero began as")  # fmt: skip
+    return source, held_out
+
+
+def zero_is_there(config: Config, run: Run) -> bool:
+    """Whether there is an R1-Zero to begin with; the toy's is trained, by a command of its own."""
+    zero = Path(config.zero)
+    if (zero / "model").is_dir():
+        return True
+    command = ["train_zero.py", "--preset", "bilingual", "--out", config.zero]
+    command += ["--seed", str(config.seed), "--device", config.device]
+    command += ["--threads", str(config.threads)]
+    return run_command([*command, *["--resume"] * (zero / "config.json").exists()], run)
 
 
 @dataclass
@@ -206,35 +266,8 @@ class Lab:
         return self.source.batch(self.config.questions, seed=seed, step=rollouts)
 
 
-SEEDS = {name: 1000 * (i + 1) for i, name in enumerate(STAGES)}  # no stage asks another's questions
-
-
-def zero_is_there(config: Config, run: Run) -> bool:
-    """Whether there is an R1-Zero to begin with; the toy's is trained, by a command of its own."""
-    zero = Path(config.zero)
-    if (zero / "model").is_dir():
-        return True
-    command = ["train_zero.py", "--preset", "bilingual" if config.is_toy else "paper"]
-    command += ["--out", config.zero, "--seed", str(config.seed)]
-    if not config.is_toy or config.model:
-        command += ["--model", str(config.model or "DIR"), "--data", config.data]
-        raise UserError(f"no R1-Zero in {zero}: first run python {' '.join(command)}")
-    command += ["--device", config.device, "--threads", str(config.threads)]
-    return run_command([*command, *["--resume"] * (zero / "config.json").exists()], run)
-
-
-def prepare(config: Config, run: Run) -> Lab:
-    try:
-        source = load(config.data)
-        test = source if config.test_data is None else load(config.test_data, all_held_out=True)
-        held_out = test.held_out(config.eval_problems)
-        problems = [*held_out, *getattr(source, "train", [])]
-        rewards.need_rules(problems)
-        for language in {problem.language for problem in problems}:
-            rewards.language_reward("", language)  # refuses an unknown one
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return Lab(config, run, Tokenizer.load(Path(config.zero) / "model"), source, held_out)
+# No stage asks the questions of another.
+SEEDS = {name: 1000 * (i + 1) for i, name in enumerate((*STAGES, "judged"))}
 
 
 # ---- the four stages -----------------------------------------------------------------------
@@ -264,8 +297,8 @@ def rejection_sampling(lab: Lab) -> Transformer | None:
     if rows is None:
         return None
     kept = sft.count_verdicts(rows, "dev3_samples", lab.run)
-    if config.judged:
-        source = load(config.judged)
+    if config.judged or config.is_toy:
+        source = load(config.judged or "spelled-chain")
         rows = sampled(lab, "dev3_judged", "dev2", source, config.judged_questions, judge="base")
         if rows is None:
             return None
@@ -288,7 +321,9 @@ def all_scenarios(lab: Lab) -> Transformer | None:
             return problems
         count = min(len(general), round(config.general_share * len(problems)))
         rng = random.Random(f"general {config.seed} {done}")
-        return problems[count:] + rng.sample(general, count)
+        # Mixed, for the updates that follow a rollout take its questions in order.
+        mixed = problems[count:] + rng.sample(general, count)
+        return rng.sample(mixed, len(mixed))
 
     reward = scenario_reward(lab, helpful, harmless)
     return reinforced(lab, "r1", "dev3", draw, reward, config.final_steps, config.final_temperature)
@@ -360,6 +395,7 @@ def reward_model(name: str, lab: Lab) -> RewardModel | None:
     with torch.no_grad():
         parts = [losses(model, lab, test[i : i + 64]) for i in range(0, len(test), 64)]
     right = float((torch.cat(parts) < 0.6931).double().mean())  # more likely than not
+    lab.run.rewind(f"reward {name} held out", -1)
     lab.run.log(phase=f"reward {name} held out", step=0, right=right, rows=len(test))
     if parallel.is_main():
         print(f"reward model, {name}: right about {right:.1%} of {len(test)} held-out rows")
@@ -435,6 +471,11 @@ def tuned(lab: Lab, name: str, texts: list[tuple[str, str]]) -> Transformer | No
         row_tokens=config.row_tokens, save_every=config.save_every,
     )  # fmt: skip
     examples = [sft.example(lab.tokenizer, *text, lab.template) for text in texts]
+    longest = model.config.max_position_embeddings
+    examples = [each for each in examples if len(each.prompt) + len(each.answer) <= longest]
+    if parallel.is_main():
+        left = f"; {len(texts) - len(examples)} are longer than the model's {longest} tokens"
+        print(f"{name}: SFT on {len(examples)} examples{left * (len(examples) < len(texts))}")
     learn = sft.learn_answers(model, tuning, config.micro_tokens)
     finished = sft.finetune(model, examples, learn, tuning, lab.run, name, config.seed)
     return model if finished else None
@@ -468,13 +509,17 @@ def sampled(
     return sft.collect(
         lab.model(model), lab.tokenizer, source, lab.run.out / f"{name}.jsonl", lab.run,
         questions=questions, samples=config.samples, judge=verdicts, temperature=1.0, top_p=1.0,
-        max_new_tokens=config.max_new_tokens, seed=config.seed + SEEDS[name[:4]],
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed + SEEDS["judged" if judge else name[:4]],
         template=config.template, slots=config.slots,
     )  # fmt: skip
 
 
-FIELDS = dict(general=("prompt", "response"), preferences=("prompt", "chosen", "rejected"),
-              safety=("prompt", "response", "safe"))  # fmt: skip
+FIELDS = dict(
+    general=dict(prompt=str, response=str),
+    preferences=dict(prompt=str, chosen=str, rejected=str),
+    safety=dict(prompt=str, response=str, safe=bool),
+)
 
 
 def data_rows(lab: Lab, name: str) -> list[dict]:
@@ -493,11 +538,11 @@ def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     return [row for i, row in enumerate(rows) if i % 10], rows[::10]
 
 
-def general_prompts(lab: Lab, held_out: bool = False) -> list[Problem]:
+def general_prompts(lab: Lab) -> list[Problem]:
     """What the preferences ask (helpful) and what the verdicts are about (harmless), once each."""
     found: dict[str, Problem] = {}
     for name, checker in (("safety", "harmless"), ("preferences", "helpful")):
-        for row in split(data_rows(lab, name))[held_out]:
+        for row in split(data_rows(lab, name))[0]:
             language = rewards.language_of(row["prompt"])
             found[row["prompt"]] = Problem(row["prompt"], "", checker, language=language)
     return list(found.values())
@@ -517,8 +562,9 @@ def assess(name: str, lab: Lab) -> dict:
         with run.phase("evaluate"):
             marks = (world_marks if config.is_toy else learned_marks)(model, lab)
         means = {key: mean(marks[key]) if marks[key] else None for key in marks}
-        run.log(phase=f"evaluate {name} general", step=0, **means, **run.timing())
         if any(marks.values()):
+            run.rewind(f"evaluate {name} general", -1)
+            run.log(phase=f"evaluate {name} general", step=0, **means, **run.timing())
             run.save_json(file.name, means)
         return {**result, **means}
     return {**result, **json.loads(file.read_text())}
@@ -545,7 +591,8 @@ def learned_marks(model: Transformer, lab: Lab) -> dict[str, list[float]]:
     helpful, harmless = (reward_model(name, lab) for name in REWARD_MODELS)
     pairs = split(data_rows(lab, "preferences"))[1][: lab.config.eval_requests]
     asked = [row["prompt"] for row in pairs]
-    summaries = [rewards.summary(text) for text, _ in answers_to(asked, model, lab)]
+    written = answers_to(asked, model, lab)
+    summaries = [rewards.summary(text) if finished else "" for text, finished in written]
     chosen = score(helpful, lab, asked, [row["chosen"] for row in pairs])
     better = score(helpful, lab, asked, summaries) - chosen
     marks["helpful"] = torch.sigmoid(better).tolist()

@@ -198,9 +198,9 @@ class Request:
         allowed = [{pair[self.zh] for pair in THINGS[group]}] * count
         if first:
             allowed[0] = {first[self.zh]}
-        wanted = zip(items, allowed, range(1, count + 1))
-        kept = [item.removeprefix(f"{i} ") in words for item, words, i in wanted]
-        return len(items) == count and all(kept)
+        named = [item.removeprefix(f"{i} ") for i, item in enumerate(items, 1)]
+        known = all(name in names for name, names in zip(named, allowed))
+        return known and len(items) == len(set(named)) == count
 
     def helpful(self, summary: str) -> float:
         if not self.correct(summary):

@@ -56,14 +56,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 def run_command(arguments: list[str], run: "Run") -> bool:
     """Start one of our programs and wait; False where it was asked to stop. It gets the signals
-    that this one gets, and does not outlive it. Raises UserError where it fails."""
+    that this one gets and, on Linux, does not outlive it. Raises UserError where it fails."""
     shown = f"python {' '.join(arguments)}"
     if parallel.world_size() > 1:
         raise UserError(f"first run {shown}: this program starts it only when it runs alone")
     print(f"+ {shown}", flush=True)
     program = Path(__file__).parent.parent / arguments[0]
     command = [sys.executable, str(program), *arguments[1:]]
-    child = subprocess.Popen(command, preexec_fn=_end_with_parent)
+    begin = _end_with_parent if sys.platform == "linux" else None
+    child = subprocess.Popen(command, preexec_fn=begin)
     while child.poll() is None:
         if stop.signal and not stop.passed_on:
             stop.passed_on = True
@@ -75,11 +76,10 @@ def run_command(arguments: list[str], run: "Run") -> bool:
 
 
 def _end_with_parent() -> None:
-    """In the child: end when the parent does, even where that is killed (Linux only)."""
-    if sys.platform == "linux":
-        import ctypes
+    """In the child: end when the parent does, even where that is killed."""
+    import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Timer:
