@@ -3,6 +3,9 @@ tests, and the programs they start, run the references, as everybody does on a C
 
 import os
 
+# The tests' matrices are small: a second thread makes them slower. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure(config):
     if "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
