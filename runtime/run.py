@@ -106,6 +106,7 @@ class Run:
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run
         self._recent: dict[str, Timer] = {}  # by phase, since the last `timing()`
         self._saved: dict[str, int] = {}  # by phase, the step of the last checkpoint
+        self._how = "the same command" if resume is None else "--resume"
         self._file = None
         if parallel.is_main():
             free = (*FREE_TO_CHANGE, *may_change)
@@ -232,7 +233,7 @@ class Run:
             saved = {name: part.state_dict() for name, part in parts.items()}
             save_state(self.checkpoints(phase), done, saved)
         if stopping and parallel.is_main():
-            print(f"saved after step {done} ({phase}); --resume continues", file=sys.stderr)
+            print(f"saved after step {done} ({phase}); {self._how} continues", file=sys.stderr)
         return not stopping
 
     def checkpoints(self, phase: str) -> Path:
