@@ -32,8 +32,8 @@ HARD = [
     "a\u0301 é ﬁ ß ſ İ",
     "\U00020000\U0002a6d6", "🙂", "👩‍👩‍👧‍👦 🇨🇭 ❤️‍🔥", "\U0010ffff\ue000\ufffe",
     "עברית العربية हिन्दी",
-    "<think></think>", "<answer", "< think >", "</reasoning> <summary>x</summary>", "<|end_of_text|>",
-    "a <|pad|><|User|> b",
+    "<think></think>", "<answer", "< think >", "</reasoning> <summary>x</summary>",
+    "<|end_of_text|>", "a <|pad|><|User|> b",
 ]  # fmt: skip
 
 
