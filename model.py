@@ -1,5 +1,5 @@
 """DeepSeek-V3, the model under DeepSeek-R1, and the dense models that R1 was distilled into
-(Qwen2.5; Llama but for the rope scaling of 3.1 and 3.3, which is refused).
+(Qwen2.5, Llama 3; Qwen3 beside them).
 
 Read it beside the DeepSeek-V3 report (arXiv 2412.19437), section 2. From top to bottom: the
 configuration, RMSNorm, rotary positions and YaRN, attention (MLA, then GQA for the dense models),
@@ -30,12 +30,14 @@ Read next: sample.py (how it writes), then grpo.py (how it learns).
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import full
@@ -54,7 +56,7 @@ class Config:
     initializer_range: float = 0.006
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # YaRN
+    rope_scaling: dict | None = None  # YaRN, or Llama 3's
     max_position_embeddings: int = 163840
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -79,6 +81,8 @@ class Config:
     routed_scaling_factor: float = 2.5
     # Multi-token prediction.
     num_nextn_predict_layers: int = 1  # D: how many further tokens each position predicts
+    # What a config.json says besides, of tokens, versions and tools: carried along.
+    extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.is_moe:
@@ -95,13 +99,30 @@ class Config:
                     f"first_k_dense_replace={self.first_k_dense_replace}: between 0 and"
                     f" num_hidden_layers={self.num_hidden_layers}"
                 )
-        scaling = self.rope_scaling
-        if scaling is not None and scaling.get("type", scaling.get("rope_type")) != "yarn":
-            raise ValueError(f"rope_scaling {scaling}: only type 'yarn' is implemented")
+        self._check_rope()
         if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(
                 f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1, as released"
             )
+
+    def _check_rope(self) -> None:
+        if self.rope_scaling is None:
+            return
+        if self.rope_type not in ROPE_SCALING:
+            raise ValueError(f"rope_scaling {self.rope_scaling}: only yarn and llama3 are known")
+        needed, optional = ROPE_SCALING[self.rope_type]
+        given = {key for key, value in self.rope_scaling.items() if value is not None}
+        unknown = given - {"rope_type", *needed, *optional}
+        if unknown or not given >= needed:
+            raise ValueError(
+                f"rope_scaling {self.rope_scaling}: {self.rope_type} needs"
+                f" {', '.join(sorted(needed))} and knows {', '.join(sorted(optional)) or 'no more'}"
+            )
+
+    @property
+    def rope_type(self) -> str | None:
+        """yarn, llama3, or None."""
+        return None if self.rope_scaling is None else self.rope_scaling.get("rope_type")
 
     @property
     def is_moe(self) -> bool:
@@ -130,33 +151,83 @@ class Config:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "Config":
-        """From a config.json. Fields that do not concern the model are passed over."""
-        kind = settings.get("model_type", "deepseek_v3")
-        if kind not in FAMILIES:
-            raise ValueError(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
-        if settings.get("rope_parameters"):
-            raise ValueError(
-                "rope_parameters is not understood; write rope_theta and rope_scaling instead"
-            )
-        known = {field.name for field in fields(cls)}
-        return cls(**{**FAMILIES[kind], **{k: v for k, v in settings.items() if k in known}})
+        """From a config.json, with rope_theta and rope_scaling or, as transformers 5 writes them,
+        rope_parameters. Raises ValueError for what would be computed otherwise than here."""
+        settings = {**settings}
+        family = settings.setdefault("model_type", "deepseek_v3")
+        if family not in FAMILIES:
+            raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        for name, only in ONLY.items():
+            if settings.get(name) not in (None, only):
+                raise ValueError(f"{name} {settings[name]!r}: only {only!r} is implemented")
+        if set(settings.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError("layer_types: only full_attention is implemented")
+        stored = settings.pop("quantization_config", None) or FP8
+        if any(stored.get(name) != value for name, value in FP8.items()):
+            raise ValueError(f"quantization_config {stored}: only {FP8} is read")
+        if rope := settings.pop("rope_parameters", None):
+            settings |= {"rope_scaling": rope, "rope_theta": rope.get("rope_theta", 10000.0)}
+        if rope := settings.get("rope_scaling"):
+            kind = rope.get("rope_type", rope.get("type"))
+            rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
+            plain = kind == "default" and not rest
+            settings["rope_scaling"] = None if plain else dict(rope_type=kind, **rest)
+        if family == "deepseek_v3":
+            settings.pop("num_key_value_heads", None)  # MLA has as many as heads
+        known = {each.name for each in fields(cls)} - {"extra"}
+        ours = {key: value for key, value in settings.items() if key in known}
+        written = {*known, *ONLY, "architectures", "dtype", "torch_dtype"}  # anew
+        extra = {key: value for key, value in settings.items() if key not in written}
+        return cls(**{**FAMILIES[family], **ours}, extra=extra)
 
     def to_dict(self) -> dict:
         """What config.json holds."""
-        settings = {"architectures": [ARCHITECTURES[self.model_type]], **asdict(self)}
+        settings = asdict(self)
+        extra = settings.pop("extra")
         if self.head_dim is None:  # which transformers would take for a value
             del settings["head_dim"]
-        return settings
+        if self.rope_scaling is not None:  # older readers know the one name, newer the other
+            settings["rope_scaling"]["type"] = self.rope_type
+        if self.model_type == "deepseek_v3":
+            settings |= {
+                key: ONLY[key] for key in ("scoring_func", "topk_method", "moe_layer_freq")
+            }
+            settings["num_key_value_heads"] = self.num_attention_heads
+        else:
+            settings = {key: value for key, value in settings.items() if key not in OF_DEEPSEEK}
+        about = dict(architectures=[ARCHITECTURES[self.model_type]], hidden_act=ONLY["hidden_act"])
+        return {**extra, **about, **settings}
 
 
+OF_DEEPSEEK = (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+    "num_nextn_predict_layers",
+)  # fmt: skip
 DENSE = dict(kv_lora_rank=None, q_lora_rank=None, n_routed_experts=None, first_k_dense_replace=0,
              num_nextn_predict_layers=0)  # fmt: skip
-FAMILIES = dict(deepseek_v3={}, qwen2=DENSE, qwen3=DENSE, llama=DENSE)
+FAMILIES = dict(deepseek_v3=dict(num_nextn_predict_layers=0), qwen2=DENSE, qwen3=DENSE, llama=DENSE)
 ARCHITECTURES = dict(deepseek_v3="DeepseekV3ForCausalLM", qwen2="Qwen2ForCausalLM",
                      qwen3="Qwen3ForCausalLM", llama="LlamaForCausalLM")  # fmt: skip
+# What a config.json may say, but only so: there is no other way here.
+ONLY = dict(hidden_act="silu", scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
+            mlp_bias=False, use_sliding_window=False, rope_interleave=True)  # fmt: skip
+FP8 = dict(quant_method="fp8", weight_block_size=[128, 128])
+# The keys that each kind of rope_scaling needs, and those that it may have.
+ROPE_SCALING = dict(
+    yarn=(
+        {"factor", "original_max_position_embeddings"},
+        {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
+    ),
+    llama3=(
+        {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+        set(),
+    ),
+)
 PRESETS = {
     "deepseek-v3": dict(
-        rope_scaling=dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0,
+        rope_scaling=dict(rope_type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0,
                           mscale_all_dim=1.0, original_max_position_embeddings=4096),
     ),
     "toy": dict(
@@ -213,35 +284,43 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Angle per position of each pair of dimensions, r = R/2, stretched by YaRN (2309.00071).
+    """Angle per position of each pair of dimensions, r = R/2, stretched beyond the original context
+    by YaRN (2309.00071) or as Llama 3.1 does (2407.21783, 3.4.2).
 
-    YaRN leaves the fast pairs as they are, divides the frequency of the slow ones by `factor`, and
-    goes linearly from one to the other in between.
+    Both leave the fast pairs as they are, divide the frequency of the slow ones by `factor`, and go
+    linearly from one to the other: YaRN in the number of the pair, Llama in the turns it makes.
     """
     dim = config.gqa_head_dim if config.kv_lora_rank is None else config.qk_rope_head_dim
     pair_r = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     frequency_r = config.rope_theta**-pair_r
-    yarn = config.rope_scaling
-    if yarn is None:
+    scaling = config.rope_scaling
+    if scaling is None:
         return frequency_r
+    context = scaling["original_max_position_embeddings"]
 
     def pair_that_turns(rotations: float) -> float:
         """The pair that makes so many turns within the original context."""
-        wavelength = yarn["original_max_position_embeddings"] / (rotations * 2 * math.pi)
-        return dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+        return (
+            dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        )
 
-    low = max(math.floor(pair_that_turns(yarn.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_that_turns(yarn.get("beta_slow", 1))), dim - 1)
-    ramp_r = torch.arange(dim // 2, dtype=torch.float32, device=device) - low
-    slow_r = (ramp_r / max(high - low, 0.001)).clamp(0, 1)
-    return frequency_r * (1 - slow_r) + frequency_r / yarn["factor"] * slow_r
+    if config.rope_type == "yarn":
+        low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32)), 0)
+        high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)), dim - 1)
+        place_r = torch.arange(dim // 2, dtype=torch.float32, device=device)
+        slow_r = (place_r - low) / max(high - low, 0.001)
+    else:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        slow_r = (high - context * frequency_r / (2 * math.pi)) / (high - low)
+    slow_r = slow_r.clamp(0, 1)
+    return frequency_r * (1 - slow_r) + frequency_r / scaling["factor"] * slow_r
 
 
 def yarn_mscale(config: Config, key: str) -> float:
     """YaRN's temperature, 0.1 m ln(factor) + 1. The two keys say where it goes: mscale_all_dim onto
     the scores of all dimensions (MLA), what mscale has beyond that onto cos and sin."""
-    yarn = config.rope_scaling or {}
-    if yarn.get("factor", 1) <= 1:
+    yarn = config.rope_scaling
+    if config.rope_type != "yarn" or yarn["factor"] <= 1:
         return 1.0
     m = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])
     return 0.1 * m * math.log(yarn["factor"]) + 1.0
@@ -568,6 +647,8 @@ class Transformer(nn.Module):
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frequency_r: Tensor | None = None  # of the rotary positions, once they are needed
+        # Keep only what goes into each block for the backward pass, and compute the block again.
+        self.recompute = False
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters()
@@ -606,12 +687,14 @@ class Transformer(nn.Module):
             rows = self.cached_rows(positions_BT, cache_MZYX.shape[2], table_BP)
         x_BTD = self.model.embed_tokens(tokens_BT)
         routings: list[Routing] = []
+        again = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers[: self.config.num_hidden_layers]):
             cache_ZYX = None if cache_MZYX is None else cache_MZYX[i]
             route_BTA = None
             if routes_BTMA is not None and block.is_moe:
                 route_BTA = routes_BTMA[:, :, len(routings)]
-            x_BTD, routing = block(x_BTD, rows, cache_ZYX, route_BTA)
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x_BTD, routing = run(x_BTD, rows, cache_ZYX, route_BTA)
             if routing is not None:
                 routings.append(routing)
         return self.model.norm(x_BTD), routings

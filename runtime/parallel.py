@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 T = TypeVar("T")
 
@@ -74,6 +76,25 @@ def gather_list(items: Sequence[T]) -> list[T]:
     dist.all_gather_object(shares, list(items))
     total = sum(len(share) for share in shares)
     return [shares[i % len(shares)][i // len(shares)] for i in range(total)]
+
+
+def local_region(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of a tensor this rank holds: all of it, unless it is a DTensor."""
+    shape, start = tuple(tensor.shape), (0,) * tensor.dim()
+    if isinstance(tensor, DTensor):
+        place = compute_local_shape_and_global_offset
+        shape, start = place(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(first, first + size) for first, size in zip(start, shape))
+
+
+def like(local: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part as what `tensor` is: itself, or a DTensor laid out as that one."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape,
+        stride=tensor.stride(),
+    )  # fmt: skip
 
 
 def all_sum(value: T) -> T:

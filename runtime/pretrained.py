@@ -1,16 +1,18 @@
-"""Models in the Hugging Face layout: config.json and model.safetensors.
+"""Models in the Hugging Face layout: config.json and model.safetensors, one file or many.
 
 The tensors are named as in the official checkpoints. So are our modules, except that the experts of
-a layer are one stacked tensor here and one tensor each there.
+a layer are one stacked tensor here and one tensor each there. Weights in FP8 are dequantised.
 
 It is no part of the method. Read next: checkpoint.py.
 """
 
 import json
+import math
 import os
 import re
 import shutil
-from contextlib import ExitStack
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kernels.fp8 import SIDE, dequant_fp8
 from model import Config, Transformer
 from runtime import parallel
 from runtime.flags import UserError
+from runtime.progress import progress
 
 SHARD_BYTES = 5 * 10**9  # a model.safetensors that would be larger is cut into several files
 EXPERTS = re.compile(r"(.+\.mlp\.experts)\.(gate_proj|up_proj|down_proj)")
+TYPES = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32, F64=torch.float64,
+             F8_E4M3=torch.bfloat16)  # fmt: skip  # stored type -> what it becomes
+Region = tuple[slice, ...]  # a part of a tensor
 
 
-def official(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The official names of one of our tensors, with the part of it that each stands for."""
+def official(name: str, tensor: Tensor) -> list[str]:
+    """The official names of one of our tensors: its own, or those of the experts stacked in it."""
     match = EXPERTS.fullmatch(name)
     if match is None:
-        return [(name, tensor)]
-    return [(f"{match[1]}.{e}.{match[2]}.weight", tensor[e]) for e in range(len(tensor))]
+        return [name]
+    return [f"{match[1]}.{e}.{match[2]}.weight" for e in range(len(tensor))]
+
+
+def mtp_layer(config: Config) -> str:
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def mtp_copies(config: Config) -> dict[str, str]:
+    """Released checkpoints repeat the embedding and the head in the multi-token prediction layer:
+    the name of each copy, and of what it is a copy of."""
+    copies = {
+        mtp_layer(config) + "embed_tokens.weight": "model.embed_tokens.weight",
+        mtp_layer(config) + "shared_head.head.weight": "lm_head.weight",
+    }
+    return copies if config.num_nextn_predict_layers else {}
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without a head that is the embedding."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Official name -> tensor, for all that a checkpoint of the model holds."""
+    found = {}
+    for name, tensor in own_tensors(model).items():
+        names = official(name, tensor)
+        found.update(zip(names, [tensor] if names == [name] else tensor))
+    state = model.state_dict()
+    return found | {copy: state[name] for copy, name in mtp_copies(model.config).items()}
 
 
 def save_pretrained(
@@ -81,16 +118,14 @@ def _sync(path: Path) -> None:
 def _write_model(model: nn.Module, directory: Path, tokenizer_files: dict[str, bytes]) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue  # it is the embedding
-        for stored, part in official(name, tensor):
-            if shards[-1] and size + part.nbytes > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][stored] = part.contiguous()
-            size += part.nbytes
-            total += part.nbytes
+    copies = mtp_copies(model.config)
+    for name, tensor in stored_tensors(model).items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.clone() if name in copies else tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
@@ -100,35 +135,45 @@ def _write_model(model: nn.Module, directory: Path, tokenizer_files: dict[str, b
         where = {name: file for file, shard in zip(files, shards) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    config = {**model.config.to_dict(), "torch_dtype": dtype}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, content in tokenizer_files.items():
         (directory / name).write_bytes(content)
 
 
 def load_pretrained(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
-    """A model from its directory, in the stored dtype unless another is asked for.
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
+    mtp: bool = True, shard: Callable[[Transformer], object] | None = None,
+) -> Transformer:  # fmt: skip
+    """A model from its directory, in the stored dtype (bf16 for FP8) unless another is asked for.
 
-    Raises UserError where a file is missing or unreadable, or the tensors are not the config's.
+    mtp: with the multi-token prediction layer, where the files have it. shard: called with the
+    model before it has memory; of the parameters that it turns into DTensors only this rank's part
+    is read. Raises UserError where a file is missing or unreadable, or the tensors are not the
+    config's.
     """
     given, path = path, Path(path).absolute()
     if not path.exists() and _old(path).exists():
         path = _old(path)  # a save was killed between its two renames
     if not path.is_dir():
         raise UserError(f"no model at {given}: give a directory with config.json and *.safetensors")
-    config = _read_config(path / "config.json")
+    config = read_config(path)
+    stored = Stored(path)
+    if not mtp:
+        stored.leave_out(mtp_layer(config))
+    if not any(name.startswith(mtp_layer(config)) for name in stored.shapes):
+        config = replace(config, num_nextn_predict_layers=0)
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
-    shapes = model.state_dict()
-    if config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    with ExitStack() as stack:
-        sources = _open_tensors(path, str(device), stack)
-        _check_tensors(path, config, shapes, sources)
-        state = {
-            name: _read_tensor(name, meta, sources, dtype, device) for name, meta in shapes.items()
-        }
+    stored.check(model)
+    if shard is not None:
+        shard(model)
+    state, total = {}, sum(map(math.prod, stored.shapes.values()))
+    with progress(total, "load", show=total > 10**9) as bar:
+        for name, meta in own_tensors(model).items():
+            state[name] = stored.read(name, meta, dtype, device)
+            bar.update(meta.numel())
     for name, parameter in model.named_parameters():
         state[name] = nn.Parameter(state[name], requires_grad=parameter.requires_grad)
     if config.tie_word_embeddings:  # the same Parameter under both names
@@ -137,86 +182,141 @@ def load_pretrained(
     return model
 
 
-def _read_config(file: Path) -> Config:
+def read_config(path: Path) -> Config:
+    """The config.json of a model directory."""
+    file = path / "config.json"
     if not file.exists():
-        raise UserError(f"no config.json in {file.parent}: give a model directory")
+        raise UserError(f"no config.json in {path}: give a model directory")
     try:
-        return Config.from_dict(json.loads(file.read_text()))
+        return Config.from_dict(json.loads(file.read_text("utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: not a config that can be used: {error}") from error
 
 
-def _open_tensors(path: Path, device: str, stack: ExitStack) -> dict[str, Any]:
-    """For each stored tensor's name, the open file that it is in."""
-    index = path / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    try:
-        if index.exists():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: unreadable ({error!r}); copy or download it again") from error
-    sources = {}
-    for file in sorted(path / name for name in names):
-        if not file.exists():
-            raise UserError(f"no {file.name} in {path}; copy or download it again")
+class Stored:
+    """The tensors that the safetensors files of a directory hold, read a part at a time.
+
+    A file is mapped, and mapped anew after so many bytes: what was read of it would count as memory
+    of this process until then.
+    """
+
+    REMAP = 2**27
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
+        self.mapped, self.source, self.seen = None, None, 0
+        for file in self._list():
+            source = self._map(file)
+            for name in source.keys():
+                part = source.get_slice(name)
+                self.files[name], self.types[name] = file, part.get_dtype()
+                self.shapes[name] = tuple(part.get_shape())
+
+    def _list(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            return [self.path / "model.safetensors"]
         try:
-            source = stack.enter_context(safe_open(file, framework="pt", device=device))
-        except (SafetensorError, OSError) as error:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return sorted(self.path / name for name in names)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{file}: truncated, or not safetensors ({error}); copy or download it again"
+                f"{index}: unreadable ({error!r}); copy or download it again"
             ) from error
-        sources |= dict.fromkeys(source.keys(), source)
-    return sources
 
+    def _map(self, file: Path):
+        if self.mapped != file or self.seen >= self.REMAP:
+            self.source, self.seen = None, 0  # the former is unmapped here
+            if not file.exists():
+                raise UserError(f"no {file.name} in {self.path}; copy or download it again")
+            try:
+                self.mapped, self.source = file, safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{file}: truncated, or not safetensors ({error}); copy or download it again"
+                ) from error
+        return self.source
 
-def _check_tensors(
-    path: Path, config: Config, shapes: dict[str, Tensor], sources: dict[str, Any]
-) -> None:
-    wanted = {
-        stored: tuple(part.shape)
-        for name, meta in shapes.items()
-        for stored, part in official(name, meta)
-    }
-    # Released checkpoints repeat the embedding and the head in the multi-token prediction layer,
-    # and some store the head that is tied.
-    mtp = f"model.layers.{config.num_hidden_layers}."
-    copies = {mtp + "embed_tokens.weight", mtp + "shared_head.head.weight"}
-    if config.tie_word_embeddings:
-        copies.add("lm_head.weight")
-    stored = {name: tuple(file.get_slice(name).get_shape()) for name, file in sources.items()}
-    wrong = {
-        "missing": [name for name in wanted if name not in stored],
-        "unexpected": [name for name in stored if name not in wanted and name not in copies],
-        "misshapen": [
-            f"{name} {stored[name]} for {wanted[name]}"
-            for name in wanted
-            if name in stored and stored[name] != wanted[name]
-        ],
-    }
-    found = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in wrong.items()
-        if names
-    ]
-    if found:
-        raise UserError(
-            f"the tensors in {path} are not those of its config.json: {'; '.join(found)}; correct"
-            " config.json, or copy or download the directory again"
+    def leave_out(self, prefix: str) -> None:
+        self.shapes = {n: shape for n, shape in self.shapes.items() if not n.startswith(prefix)}
+
+    def check(self, model: Transformer) -> None:
+        """Raises UserError unless the tensors are those of the model, by name and shape."""
+        wanted = {name: tuple(part.shape) for name, part in stored_tensors(model).items()}
+        # Not needed: the copies, and a head that is tied.
+        spare = {*mtp_copies(model.config), "lm_head.weight"} - set(own_tensors(model))
+        for name in [name for name in wanted if self.types.get(name) == "F8_E4M3"]:
+            wanted[name + "_scale_inv"] = tuple(-(-size // SIDE) for size in wanted[name])
+        stored = self.shapes
+        wrong = {
+            "missing": [name for name in wanted if name not in stored and name not in spare],
+            "unexpected": [name for name in stored if name not in wanted and name not in spare],
+            "misshapen": [
+                f"{name} {stored[name]} for {wanted[name]}"
+                for name in wanted
+                if name in stored and stored[name] != wanted[name]
+            ],
+        }
+        found = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in wrong.items()
+            if names
+        ]
+        if found:
+            raise UserError(
+                f"the tensors in {self.path} are not those of its config.json: {'; '.join(found)};"
+                " correct config.json, or copy or download the directory again"
+            )
+
+    def read(self, name: str, meta: Tensor, dtype: torch.dtype | None, device: Any) -> Tensor:
+        """One of our tensors, or this rank's part of it."""
+        region = parallel.local_region(meta)
+        names = official(name, meta)
+        wanted = dtype or TYPES[self.types[names[0]]]
+        if name.endswith("e_score_correction_bias"):
+            wanted = torch.promote_types(wanted, torch.float32)  # its steps of 0.001 need it
+        # A copy, and not the mapped file: matrix products may round otherwise where memory
+        # is aligned otherwise, and the file may be replaced.
+        shape = [part.stop - part.start for part in region]
+        result = torch.empty(shape, dtype=wanted, device=device)
+        if names == [name]:
+            self._copy(name, region, result)
+        else:
+            experts, *inner = region
+            for stored, out in zip(names[experts], result):
+                self._copy(stored, tuple(inner), out)
+        return parallel.like(result, meta)
+
+    def _copy(self, name: str, region: Region, out: Tensor) -> None:
+        """Copy a part of a stored tensor, as many rows at a time as are worth one mapping."""
+        rows = max(1, self.REMAP // max(1, out[0].nbytes) // SIDE) * SIDE
+        first, *rest = region
+        for piece, start in zip(out.split(rows), range(first.start, first.stop, rows)):
+            part = (slice(start, start + len(piece)), *rest)
+            if self.types[name] == "F8_E4M3":
+                piece.copy_(self._dequantised(name, part, out.dtype))
+            else:
+                piece.copy_(self._part(name, part))
+
+    def _part(self, name: str, region: Region) -> Tensor:
+        part = self._map(self.files[name]).get_slice(name)[region]
+        self.seen += part.nbytes
+        return part
+
+    def _dequantised(self, name: str, region: Region, dtype: torch.dtype) -> Tensor:
+        """A part of an FP8 weight, from the whole blocks around it."""
+        blocks = tuple(slice(part.start // SIDE, -(-part.stop // SIDE)) for part in region)
+        around = tuple(
+            slice(block.start * SIDE, min(block.stop * SIDE, size))
+            for block, size in zip(blocks, self.shapes[name])
         )
-
-
-def _read_tensor(
-    name: str, meta: Tensor, sources: dict[str, Any], dtype: torch.dtype | None, device: Any
-) -> Tensor:
-    result = None
-    for i, (stored, part) in enumerate(official(name, meta)):
-        piece = sources[stored].get_tensor(stored)
-        if result is None:
-            wanted = dtype or piece.dtype
-            if name.endswith("e_score_correction_bias"):
-                wanted = torch.promote_types(wanted, torch.float32)  # its steps of 0.001 need it
-            # A copy, and not the mapped file: matrix products may round otherwise where memory
-            # is aligned otherwise, and the file may be replaced.
-            result = torch.empty(meta.shape, dtype=wanted, device=device)
-        (result if part is meta else result[i]).copy_(piece)
-    return result
+        scales = self._part(name + "_scale_inv", blocks)
+        whole = dequant_fp8(self._part(name, around).contiguous(), scales.contiguous(), dtype)
+        inside = (
+            slice(part.start - full.start, part.stop - full.start)
+            for part, full in zip(region, around)
+        )
+        return whole[tuple(inside)]

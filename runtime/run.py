@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from runtime import parallel
 from runtime.checkpoint import latest, load_state, save_state
@@ -36,12 +35,12 @@ from runtime.flags import UserError, flag, parse
 from runtime.launch import (
     Diverged, ask_to_stop, check_finite, launch, pick_device, stop, usable_dtype,
 )  # fmt: skip
+from runtime.progress import progress
 
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
            "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
 
 FREE_TO_CHANGE = ("out", "resume", "device", "threads")  # on --resume
-LINE_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -286,29 +285,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Lines:
-    """A file for tqdm where there is no terminal: now and then a line in place of a moving bar."""
-
-    def __init__(self):
-        self.last, self.at = "", time.monotonic()
-
-    def write(self, text: str) -> None:
-        self.last = text.strip() or self.last
-        ended = text == "\n"
-        if self.last and (ended or time.monotonic() - self.at > LINE_EVERY):
-            print(self.last, file=sys.stderr, flush=True)
-            self.last, self.at = "", time.monotonic()
-
-    def flush(self) -> None:
-        pass
-
-
-def progress(total: int, description: str, initial: int = 0) -> tqdm:
-    """A progress bar on rank 0: call update(), set_postfix(...), close(), as of any tqdm."""
-    options = dict(total=total, desc=description, initial=initial, disable=not parallel.is_main())
-    if sys.stderr.isatty():
-        return tqdm(dynamic_ncols=True, **options)
-    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    return tqdm(file=_Lines(), bar_format=line, mininterval=1, **options)

@@ -219,12 +219,15 @@ def test_a_long_list_of_wrong_tensors_is_cut(tmp_path):
     assert len(str(error.value)) < 500
 
 
-def test_the_copies_in_a_released_mtp_layer_are_passed_over(tmp_path):
+def test_the_copies_in_an_mtp_layer_are_written_and_not_read(tmp_path):
     model = small_model(Config.preset("toy", num_nextn_predict_layers=1))
     save_pretrained(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    stored["model.layers.3.embed_tokens.weight"] = torch.zeros(2)
-    stored["model.layers.3.shared_head.head.weight"] = torch.zeros(2)
+    copies = [f"model.layers.3.{name}.weight" for name in ("embed_tokens", "shared_head.head")]
+    head = model.lm_head.weight
+    assert torch.equal(stored[copies[1]], head)
+    for name in copies:
+        stored[name] = torch.zeros_like(head)
     save_file(stored, tmp_path / "model.safetensors")
     assert equal(dict(load_pretrained(tmp_path).state_dict()), dict(model.state_dict()))
 

@@ -31,7 +31,7 @@ from runtime.pretrained import official
 
 # mscale and mscale_all_dim differ, so that neither the softmax scale nor the factor on cos and sin
 # is one by chance. The pairs of the R = 8 dimensions fall on both ends of YaRN's ramp.
-YARN = dict(type="yarn", factor=8.0, beta_fast=4, beta_slow=1, mscale=1.0, mscale_all_dim=0.7,
+YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4, beta_slow=1, mscale=1.0, mscale_all_dim=0.7,
             original_max_position_embeddings=32)  # fmt: skip
 # Top 3 of 8 experts, 2 of 4 groups: fewer than all, of both.
 DEEPSEEK = Config.preset(
@@ -453,7 +453,7 @@ def test_deepseeks_softmax_scale_is_0_13523_and_cos_and_sin_keep_their_size():
 def test_yarn_without_mscale_all_dim_puts_its_temperature_on_cos_and_sin(scaling):
     """As in DeepSeek's modeling file and in transformers: mscale_all_dim is 0 by default, and the
     betas are 32 and 1. Qwen2.5's model card has only type, factor and the original length."""
-    yarn = dict(type="yarn", factor=4.0, original_max_position_embeddings=64, **scaling)
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, **scaling)
     config = replace(CONFIGS["qwen2"], rope_scaling=yarn)
     model = build(config)
     rows = model.rows(torch.zeros(1, 5, dtype=torch.long), None)
@@ -877,7 +877,7 @@ def test_the_tensors_have_the_official_names(deepseek_v3):
         stored
         for name, tensor in deepseek_v3.state_dict().items()
         if ".layers." not in name or name.split(".")[2] in ("0", "3", "61")
-        for stored, _ in official(name, tensor)
+        for stored in official(name, tensor)
     }
     attention = {
         f"self_attn.{part}.weight"

@@ -290,7 +290,7 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "\r" not in err
     assert "RL: 1000/1000" in err and "reward=999" in err
-    monkeypatch.setattr(running, "LINE_EVERY", 0.0)
+    monkeypatch.setattr("runtime.progress.LINE_EVERY", 0.0)
     bar = progress(3, "RL", initial=1)
     bar.set_postfix(reward=1)
     bar.update(2)
