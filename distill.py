@@ -44,14 +44,14 @@ import rewards
 import sft
 from data.corpus import BILINGUAL
 from data.problems import Generated, Listed, Problem, load
-from data.prompts import build_prompt
+from data.prompts import check_template
 from data.tokenizer import Tokenizer
 from model import PRESETS as MODELS
 from model import Transformer
 from runtime import parallel
 from runtime.plot import draw_distillation
-from runtime.pretrained import load_pretrained, save_pretrained
-from runtime.run import Run, UserError, flag, launch, parse, pick_device, usable_dtype
+from runtime.pretrained import save_pretrained
+from runtime.run import Run, UserError, flag, launch, parse, pick_device
 from sample import evaluate, measure, open_model, table
 
 # R1, the table of the distilled models: the base of each student, and its highest learning rate.
@@ -78,7 +78,9 @@ class Config:
     student: str = flag("toy-student", "directory of the base, or a preset of model.py to pretrain")
     data: str = flag("bilingual-chain", "questions: bilingual-chain or a JSONL file")
     test_data: str | None = flag(None, "JSONL file to evaluate on (default: held-out part)")
-    template: str | None = flag(None, "prompt template, toy or r1-zero (default: each model's own)")
+    template: str | None = flag(
+        None, "prompt template: r1-zero, toy or a chat's (default: each model's own)"
+    )
     out: str = flag("runs/distill", "directory of the run")
     seed: int = flag(0, "random seed")
     compare_rl: bool = flag(False, "RL on the same base as well, at the same cost")
@@ -119,7 +121,16 @@ class Config:
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
     micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
     device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64"] = flag("float32", "of the weights that are trained")
+    dtype: Literal["float32", "float64", "bfloat16"] = flag(
+        "float32", "of the weights that are trained"
+    )
+    optimizer: Literal["master", "rounding"] = flag(
+        "master",
+        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
+        " bf16 with stochastic rounding (8)",
+    )
+    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
+    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
@@ -144,7 +155,7 @@ class Config:
                 " knows bilingual-chain only"
             )
         if self.template is not None:
-            build_prompt("", self.template)  # refuses an unknown one
+            check_template(self.template)
         settings(self)  # and so does this for what concerns GRPO
 
 
@@ -224,7 +235,7 @@ class Lab:
             found = evaluate(
                 model, self.tokenizer, self.held_out[: config.curve_problems],
                 samples=config.curve_samples, temperature=1.0, top_p=1.0, seed=config.seed,
-                max_new_tokens=config.max_new_tokens, template=config.template, slots=config.slots,
+                max_new_tokens=config.max_new_tokens, slots=config.slots,
                 title=f"{name} {step}",
             )  # fmt: skip
         numbers = {"pass@1": found["pass@1"], "tokens": found["tokens"]}
@@ -235,7 +246,7 @@ class Lab:
         self.results[name] = measure(
             model, tokenizer or self.tokenizer, self.held_out, self.run, name,
             samples=config.eval_samples, max_new_tokens=config.max_new_tokens, seed=config.seed,
-            template=config.template, slots=config.slots,
+            slots=config.slots,
         )  # fmt: skip
 
 
@@ -284,14 +295,15 @@ def student(lab: Lab) -> Transformer | None:
     """The base, as it was before any of this; a toy's is pretrained when first asked for."""
     config, dtype = lab.config, getattr(torch, lab.config.dtype)
     if config.student in MODELS:
-        lab.tokenizer = Tokenizer.load(config.teacher)
+        lab.tokenizer = Tokenizer.load(config.teacher, config.template)
         # Not held to being competent: that so small a base is not is what this is about.
         model = sft.pretrain_toy(
             lab.tokenizer, lab.run, seed=config.seed, steps=config.pretrain_steps, force=True,
             device=pick_device(config.device), dtype=dtype, mix=BILINGUAL, preset=config.student,
         )  # fmt: skip
     else:
-        model, lab.tokenizer = open_model(config.student, config.device, dtype)
+        model, lab.tokenizer = open_model(config.student, config.device, dtype, config.template)
+        model.recompute = config.recompute
     longest = max(config.max_new_tokens + 1, config.context)
     if model is not None and longest > model.config.max_position_embeddings:
         raise UserError(
@@ -307,12 +319,11 @@ def student(lab: Lab) -> Transformer | None:
 
 def dataset(lab: Lab) -> list[dict] | None:
     """What the teacher wrote that is right and readable (R1 2.3.3), as rows of dataset.jsonl."""
-    config, place = lab.config, pick_device(lab.config.device)
-    teacher = load_pretrained(config.teacher, device=place)
-    teacher.to(usable_dtype(teacher.lm_head.weight.dtype, place))
-    tokenizer, file = Tokenizer.load(config.teacher), lab.run.out / "dataset.jsonl"
+    config = lab.config
+    teacher, tokenizer = open_model(config.teacher, config.device, None, config.template)
+    file = lab.run.out / "dataset.jsonl"
     lab.assess("teacher", teacher, tokenizer)
-    readable = sft.Readable(config.least_consistency, config.longest_paragraph)
+    readable = sft.Readable(config.least_consistency, config.longest_paragraph, tags=tokenizer.tags)
 
     def verdicts(*outputs: list) -> list[str]:
         return [sft.verdict(*output, None, readable) for output in zip(*outputs)]
@@ -325,7 +336,7 @@ def dataset(lab: Lab) -> list[dict] | None:
                 teacher, tokenizer, lab.source, file, lab.run, questions=until,
                 samples=config.per_question, judge=verdicts, temperature=config.temperature,
                 top_p=config.top_p, max_new_tokens=config.max_new_tokens, seed=config.seed + 1000,
-                template=config.template, slots=config.slots, chunk=CHUNK,
+                slots=config.slots, chunk=CHUNK,
             )  # fmt: skip
             lab.asked = until
         if found is None or lab.run.stopping:
@@ -336,8 +347,7 @@ def dataset(lab: Lab) -> list[dict] | None:
 def examples(rows: list[dict], lab: Lab) -> list[sft.Example]:
     """The dataset in the student's own tokens; what is longer than its context is left out."""
     config = lab.config
-    template = config.template or lab.tokenizer.template
-    found = [sft.example(lab.tokenizer, row["question"], row["response"], template) for row in rows]
+    found = [sft.example(lab.tokenizer, row["question"], row["response"]) for row in rows]
     short = [each for each in found if len(each.prompt) + len(each.answer) <= config.context]
     if len(short) < len(found) and parallel.is_main():
         print(f"{len(found) - len(short)} of them are longer than --context {config.context}")
@@ -360,7 +370,7 @@ def distill(model: Transformer, rows: list[dict], lab: Lab) -> bool:
     every = -(-steps // config.points)
     tuning = sft.Tuning(
         epochs=config.epochs, batch=config.batch, lr=config.lr, final_lr=config.decay * config.lr,
-        row_tokens=config.context, save_every=every,
+        row_tokens=config.context, save_every=every, states=config.optimizer,
     )  # fmt: skip
     learn = sft.learn_answers(model, tuning, config.micro_tokens)
 
@@ -385,11 +395,12 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
     def learn_until(done: int) -> bool:
         course = grpo.Course(
             steps=done, minibatches=config.minibatches, lr=config.rl_lr, warmup=config.warmup,
-            refresh=config.refresh, save_every=part,
+            refresh=config.refresh, save_every=part, states=config.optimizer,
+            offload=config.offload,
         )  # fmt: skip
         return grpo.reinforce(
-            policy, lab.tokenizer, draw, rule_reward(config), lambda done: settings(config), course,
-            lab.run, seed=config.seed + 2000, template=config.template,
+            policy, lab.tokenizer, draw, rule_reward(config, lab.tokenizer.tags), lambda done: settings(config),
+            course, lab.run, seed=config.seed + 2000,
         )  # fmt: skip
 
     return lab.follow("rl", policy, learn_until, part=part, budget=budget)
@@ -402,11 +413,11 @@ def settings(config: Config) -> grpo.Settings:
     )  # fmt: skip
 
 
-def rule_reward(config: Config) -> grpo.Reward:
+def rule_reward(config: Config, tags: bool = True) -> grpo.Reward:
     """R1 2.2.2: accuracy and format."""
 
     def rules(problem: Problem, response: str, finished: bool) -> float:
-        return rewards.rule_reward(problem, response, finished, config.format_weight)
+        return rewards.rule_reward(problem, response, finished, config.format_weight, tags)
 
     return lambda *outputs: [rules(*output) for output in zip(*outputs)]
 

@@ -38,6 +38,7 @@ Read next: train_zero.py.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean as mean
 
@@ -49,6 +50,7 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
+from runtime.optimizer import adamw, away, visiting
 from runtime.run import Run, check_finite, progress
 from sample import Output, average, fitting_prompts, generate, judge, spell
 from sft import set_rates, update
@@ -206,7 +208,7 @@ def rollout(
     streams = [(step << 32) + number * G + i for number in questions.numbers for i in range(G)]
     outputs = generate(
         model, repeated, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-        stop=(tokenizer.eos_token_id,), seed=seed, rows=streams, slots=settings.slots,
+        stop=tokenizer.stop_ids, seed=seed, rows=streams, slots=settings.slots,
         routes=settings.replay_routes,
     )  # fmt: skip
     texts = [spell(tokenizer, output) for output in outputs]
@@ -218,18 +220,18 @@ def rollout(
         questions.numbers, questions.problems, questions.prompts, outputs, texts, rewards_PG,
         advantages_PG,
     )  # fmt: skip
-    batch.metrics = describe(batch)
+    batch.metrics = describe(batch, tokenizer.tags)
     return batch
 
 
-def describe(batch: Rollout) -> dict:
+def describe(batch: Rollout, tags: bool = True) -> dict:
     """What explains a flat reward or a zero loss, as means over the outputs of all processes."""
     G = batch.rewards_PG.shape[1]
     groups = []
     for p, (problem, values_G) in enumerate(zip(batch.problems, batch.rewards_PG)):
         members = slice(p * G, (p + 1) * G)
         outputs = zip(batch.texts[members], batch.outputs[members], values_G.tolist())
-        rows = [dict(reward=value, **judge(problem, *output)) for *output, value in outputs]
+        rows = [dict(reward=value, **judge(problem, *output, tags)) for *output, value in outputs]
         groups.append((problem.level, bool(batch.advantages_PG[p].any()), rows))
     groups = parallel.gather_list(groups)  # a question's group is never split over processes
     rows = [row for _, _, group in groups for row in group]
@@ -383,37 +385,41 @@ class Course:
     warmup: int  # updates over which the learning rate rises
     refresh: int  # updates after which the policy becomes the reference
     save_every: int = 20
+    states: str = "master"  # of the optimizer of a policy in bf16: runtime/optimizer.py
+    offload: bool = False  # reference and optimizer on the CPU while they are not needed
 
 
 def reinforce(
     policy: Transformer, tokenizer: Tokenizer, draw: Callable[[int], list[Problem]], reward: Reward,
-    settings: Callable[[int], Settings], course: Course, run: Run, *, seed: int,
-    template: str | None = None, phase: str = "rl",
+    settings: Callable[[int], Settings], course: Course, run: Run, *, seed: int, phase: str = "rl",
 ) -> bool:  # fmt: skip
     """R1 2.2.1 as a loop, from run's last checkpoint of this phase; False where Ctrl-C stopped it.
 
     draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
     """
-    reference = copy.deepcopy(policy)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=course.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    state = dict(policy=policy, reference=reference, optimizer=optimizer)
+    device = policy.lm_head.weight.device
+    reference = copy.deepcopy(policy) if settings(0).beta else None
+    if reference is not None and course.offload:
+        reference.cpu()
+    optimizer = adamw(policy.parameters(), course.lr, course.states, seed)
+    state = dict(policy=policy, optimizer=optimizer)
+    state |= {} if reference is None else dict(reference=reference)
     done = run.resume(phase, state)
     with progress(course.steps, "GRPO", initial=done) as bar:
         while done < course.steps:
             now = settings(done)
-            asked, skipped = share(draw(done), tokenizer, policy, template, now)
-            # Sample a group of outputs for each question from the old policy, and reward them.
-            with run.phase("rollout") as timer:
-                batch = rollout(policy, tokenizer, asked, reward, now, seed=seed, step=done)
-                written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
-                timer.tokens += written
-            # The reference's log-probs of the same outputs, for the KL.
-            with run.phase("reference") as timer:
-                if now.beta:
+            asked, skipped = share(draw(done), tokenizer, policy, now)
+            with away(optimizer) if course.offload else nullcontext():
+                # Sample a group of outputs for each question from the old policy, and reward them.
+                with run.phase("rollout") as timer:
+                    batch = rollout(policy, tokenizer, asked, reward, now, seed=seed, step=done)
+                    written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
                     timer.tokens += written
-                    batch.ref_logprobs = reference_logprobs(reference, batch, now)
+                # The reference's log-probs of the same outputs, for the KL.
+                if reference is not None:
+                    with visiting(reference, device), run.phase("reference") as timer:
+                        batch.ref_logprobs = reference_logprobs(reference, batch, now)
+                        timer.tokens += written
             # Several updates, the later ones on outputs of a policy that has since moved on.
             for minibatch in range(min(course.minibatches, course.steps - done)):
                 set_rates([optimizer], min(1.0, (done + 1) / max(1, course.warmup)))
@@ -423,7 +429,8 @@ def reinforce(
                 done += 1
                 for name in ("loss", "grad_norm"):
                     check_finite(stats[name], done, run.checkpoints(phase), name)
-                if done % course.refresh == 0:  # the rest of this rollout keeps the old one's KL
+                # What is left of this rollout keeps the former one's KL.
+                if reference is not None and done % course.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
                 run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
@@ -437,14 +444,11 @@ def reinforce(
 
 
 def share(
-    problems: list[Problem], tokenizer: Tokenizer, model: Transformer, template: str | None,
-    settings: Settings,
-) -> tuple[Questions, int]:  # fmt: skip
+    problems: list[Problem], tokenizer: Tokenizer, model: Transformer, settings: Settings
+) -> tuple[Questions, int]:
     """This process's share of the questions of one rollout. The batch is the same on any number of
     processes; questions too long for the context are left out of it, and counted."""
-    prompts, fitting = fitting_prompts(
-        model, tokenizer, problems, template, settings.max_new_tokens
-    )
+    prompts, fitting = fitting_prompts(model, tokenizer, problems, settings.max_new_tokens)
     numbers = list(parallel.shard(range(len(fitting))))
     mine = [fitting[number] for number in numbers]
     asked = Questions(numbers, [problems[i] for i in mine], [prompts[i] for i in mine])

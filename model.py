@@ -30,7 +30,7 @@ Read next: sample.py (how it writes), then grpo.py (how it learns).
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class Config:
     routed_scaling_factor: float = 2.5
     # Multi-token prediction.
     num_nextn_predict_layers: int = 1  # D: how many further tokens each position predicts
-    # What a config.json says besides, of tokens, versions and tools: carried along.
+    # What its config.json says besides, of tokens, versions and tools: carried along.
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -99,30 +99,16 @@ class Config:
                     f"first_k_dense_replace={self.first_k_dense_replace}: between 0 and"
                     f" num_hidden_layers={self.num_hidden_layers}"
                 )
-        self._check_rope()
+        if self.rope_type not in (None, "yarn", "llama3"):
+            raise ValueError(f"rope_scaling {self.rope_scaling}: only yarn and llama3 are known")
         if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(
                 f"num_nextn_predict_layers={self.num_nextn_predict_layers}: 0 or 1, as released"
             )
 
-    def _check_rope(self) -> None:
-        if self.rope_scaling is None:
-            return
-        if self.rope_type not in ROPE_SCALING:
-            raise ValueError(f"rope_scaling {self.rope_scaling}: only yarn and llama3 are known")
-        needed, optional = ROPE_SCALING[self.rope_type]
-        given = {key for key, value in self.rope_scaling.items() if value is not None}
-        unknown = given - {"rope_type", *needed, *optional}
-        if unknown or not given >= needed:
-            raise ValueError(
-                f"rope_scaling {self.rope_scaling}: {self.rope_type} needs"
-                f" {', '.join(sorted(needed))} and knows {', '.join(sorted(optional)) or 'no more'}"
-            )
-
     @property
     def rope_type(self) -> str | None:
-        """yarn, llama3, or None."""
-        return None if self.rope_scaling is None else self.rope_scaling.get("rope_type")
+        return None if self.rope_scaling is None else self.rope_scaling.get("rope_type", "none")
 
     @property
     def is_moe(self) -> bool:
@@ -149,82 +135,7 @@ class Config:
             raise ValueError(f"unknown model preset {name!r}: one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    @classmethod
-    def from_dict(cls, settings: dict) -> "Config":
-        """From a config.json, with rope_theta and rope_scaling or, as transformers 5 writes them,
-        rope_parameters. Raises ValueError for what would be computed otherwise than here."""
-        settings = {**settings}
-        family = settings.setdefault("model_type", "deepseek_v3")
-        if family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
-        for name, only in ONLY.items():
-            if settings.get(name) not in (None, only):
-                raise ValueError(f"{name} {settings[name]!r}: only {only!r} is implemented")
-        if set(settings.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError("layer_types: only full_attention is implemented")
-        stored = settings.pop("quantization_config", None) or FP8
-        if any(stored.get(name) != value for name, value in FP8.items()):
-            raise ValueError(f"quantization_config {stored}: only {FP8} is read")
-        if rope := settings.pop("rope_parameters", None):
-            settings |= {"rope_scaling": rope, "rope_theta": rope.get("rope_theta", 10000.0)}
-        if rope := settings.get("rope_scaling"):
-            kind = rope.get("rope_type", rope.get("type"))
-            rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
-            plain = kind == "default" and not rest
-            settings["rope_scaling"] = None if plain else dict(rope_type=kind, **rest)
-        if family == "deepseek_v3":
-            settings.pop("num_key_value_heads", None)  # MLA has as many as heads
-        known = {each.name for each in fields(cls)} - {"extra"}
-        ours = {key: value for key, value in settings.items() if key in known}
-        written = {*known, *ONLY, "architectures", "dtype", "torch_dtype"}  # anew
-        extra = {key: value for key, value in settings.items() if key not in written}
-        return cls(**{**FAMILIES[family], **ours}, extra=extra)
 
-    def to_dict(self) -> dict:
-        """What config.json holds."""
-        settings = asdict(self)
-        extra = settings.pop("extra")
-        if self.head_dim is None:  # which transformers would take for a value
-            del settings["head_dim"]
-        if self.rope_scaling is not None:  # older readers know the one name, newer the other
-            settings["rope_scaling"]["type"] = self.rope_type
-        if self.model_type == "deepseek_v3":
-            settings |= {
-                key: ONLY[key] for key in ("scoring_func", "topk_method", "moe_layer_freq")
-            }
-            settings["num_key_value_heads"] = self.num_attention_heads
-        else:
-            settings = {key: value for key, value in settings.items() if key not in OF_DEEPSEEK}
-        about = dict(architectures=[ARCHITECTURES[self.model_type]], hidden_act=ONLY["hidden_act"])
-        return {**extra, **about, **settings}
-
-
-OF_DEEPSEEK = (
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
-    "num_nextn_predict_layers",
-)  # fmt: skip
-DENSE = dict(kv_lora_rank=None, q_lora_rank=None, n_routed_experts=None, first_k_dense_replace=0,
-             num_nextn_predict_layers=0)  # fmt: skip
-FAMILIES = dict(deepseek_v3=dict(num_nextn_predict_layers=0), qwen2=DENSE, qwen3=DENSE, llama=DENSE)
-ARCHITECTURES = dict(deepseek_v3="DeepseekV3ForCausalLM", qwen2="Qwen2ForCausalLM",
-                     qwen3="Qwen3ForCausalLM", llama="LlamaForCausalLM")  # fmt: skip
-# What a config.json may say, but only so: there is no other way here.
-ONLY = dict(hidden_act="silu", scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
-            mlp_bias=False, use_sliding_window=False, rope_interleave=True)  # fmt: skip
-FP8 = dict(quant_method="fp8", weight_block_size=[128, 128])
-# The keys that each kind of rope_scaling needs, and those that it may have.
-ROPE_SCALING = dict(
-    yarn=(
-        {"factor", "original_max_position_embeddings"},
-        {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
-    ),
-    llama3=(
-        {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-        set(),
-    ),
-)
 PRESETS = {
     "deepseek-v3": dict(
         rope_scaling=dict(rope_type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0,
@@ -241,7 +152,8 @@ PRESETS = {
     "toy-student": dict(
         model_type="qwen2", vocab_size=593, hidden_size=48, intermediate_size=96,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=100.0,
-        max_position_embeddings=2048, **DENSE,
+        max_position_embeddings=2048, q_lora_rank=None, kv_lora_rank=None, n_routed_experts=None,
+        first_k_dense_replace=0, num_nextn_predict_layers=0,
     ),
 }  # fmt: skip
 
@@ -334,7 +246,7 @@ def rotate(x_BTHR: Tensor, rows: Rows, interleaved: bool) -> Tensor:
     if interleaved:
         pairs_BTHr = torch.view_as_complex(real_BTHR.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs_BTHr * turn_BT1r).flatten(-2).to(x_BTHR.dtype)
-    pairs_BTHr = torch.complex(*real_BTHR.chunk(2, -1)) * turn_BT1r
+    pairs_BTHr = torch.view_as_complex(torch.stack(real_BTHR.chunk(2, -1), -1)) * turn_BT1r
     return torch.cat((pairs_BTHr.real, pairs_BTHr.imag), -1).to(x_BTHR.dtype)
 
 

@@ -11,8 +11,9 @@ The paper does not report how answers are matched. Here:
   - only ASCII digits make numbers: Python's `int` would also accept an Arabic-Indic three;
   - tags count exactly as the template writes them, in lower case.
 
-`think_in_prompt`: R1-Zero's prompt ends in `Assistant:` and the policy writes `<think>` itself;
-R1's chat template has already written it, so the output starts inside the reasoning.
+A response is judged from its `<think>` on. R1-Zero's policy writes it; where R1's chat template has
+written it already, the sampler puts it before the output. `tags`: whether the template asks for
+<answer> tags as well, as R1-Zero's does and a chat template does not.
 
 Read next: grpo.py, which turns these numbers into advantages.
 Run: python -m pytest tests/test_rewards.py
@@ -41,13 +42,11 @@ TAG = re.compile(r"</?(?:think|answer)>")
 BOX = re.compile(r"\\boxed\s*")
 
 
-def split_reasoning(response: str, think_in_prompt: bool) -> tuple[str, str | None]:
+def split_reasoning(response: str) -> tuple[str, str | None]:
     """The reasoning, and the text after it: None where the reasoning has no clear end.
 
     Without any think tag, the whole response is both. With broken ones, all of it is reasoning.
     """
-    if think_in_prompt:
-        response = "<think>" + response
     tags = THINK_TAG.findall(response)
     if not tags:
         return response, response
@@ -81,12 +80,12 @@ def last_box(text: str) -> str | None:
     return None if content and BOX.search(content) else content
 
 
-def extract_answer(response: str, *, think_in_prompt: bool = False) -> str | None:
+def extract_answer(response: str) -> str | None:
     """The last <answer>...</answer> or \\boxed{...} after the reasoning, or None.
 
     There is no second chance: if the last one is malformed, an earlier one is not taken instead.
     """
-    _, text = split_reasoning(response, think_in_prompt)
+    _, text = split_reasoning(response)
     if text is None:
         return None
     tags = ANSWER_TAG.findall(text)
@@ -255,46 +254,46 @@ def need_rules(problems: Iterable) -> None:
             )
 
 
-def accuracy_reward(
-    response: str, gold: str, check: Callable = math_equal, *, think_in_prompt: bool = False
-) -> float:
+def accuracy_reward(response: str, gold: str, check: Callable = math_equal) -> float:
     """1.0 if the final answer passes `check` against gold, else 0.0."""
-    return float(check(extract_answer(response, think_in_prompt=think_in_prompt), gold))
+    return float(check(extract_answer(response), gold))
 
 
-def format_reward(response: str, *, think_in_prompt: bool = False) -> float:
-    """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer>."""
-    # Departs from R1 2.2.2, which names the think tags only: the template asks for both.
-    if think_in_prompt:
-        response = "<think>" + response  # so a second one in the response fails below
-    if TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:
+def format_reward(response: str, tags: bool = True) -> float:
+    """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer> or,
+    without tags, <think> reasoning </think> answer."""
+    # Departs from R1 2.2.2, which names the think tags only: R1-Zero's template asks for both.
+    wanted = ["<think>", "</think>", *["<answer>", "</answer>"] * tags]
+    if TAG.findall(response) != wanted:
         return 0.0
-    before, reasoning, between, answer, after = TAG.split(response)
-    blank = not (before + between + after).strip()
+    before, reasoning, *between, answer, after = [*TAG.split(response), *[""] * (not tags)]
+    blank = not (before + "".join(between) + after).strip()
     # Something visible in each: a zero-width space is not white space to str.strip.
     filled = [any(c.isprintable() and c != " " for c in part) for part in (reasoning, answer)]
     return float(blank and all(filled))
 
 
-def general_format_reward(response: str, *, think_in_prompt: bool = False) -> float:
+def general_format_reward(response: str, tags: bool = True) -> float:
     """For general prompts: the same, or a plain answer, for what needs no reasoning (R1 2.3.3)."""
-    plain = bool(response.strip()) and not think_in_prompt and not TAG.search(response)
-    return 1.0 if plain else format_reward(response, think_in_prompt=think_in_prompt)
+    plain = bool(response.strip()) and not TAG.search(response)
+    return 1.0 if plain else format_reward(response, tags)
 
 
-def summary(response: str, *, think_in_prompt: bool = False) -> str:
+def summary(response: str) -> str:
     """What the user reads: all that stands outside of the reasoning, without the answer's tags.
     Nothing, where the reasoning has no clear end."""
-    _, text = split_reasoning(response, think_in_prompt)
+    _, text = split_reasoning(response)
     return ANSWER_TAG.sub(" ", text or "").strip()
 
 
-def rule_reward(problem, response: str, finished: bool, format_weight: float = 1.0) -> float:
+def rule_reward(
+    problem, response: str, finished: bool, format_weight: float = 1.0, tags: bool = True
+) -> float:
     """R1 2.2.2: accuracy and format. An output that was cut off has not answered: it earns 0."""
     if not finished:
         return 0.0
     accuracy = accuracy_reward(response, problem.answer, CHECKERS[problem.checker])
-    return accuracy + format_weight * format_reward(response)
+    return accuracy + format_weight * format_reward(response, tags)
 
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -306,7 +305,7 @@ def language_of(text: str) -> str:
     return "zh" if re.search(f"[{HAN}]", text) else "en"
 
 
-def language_reward(response: str, language: str, *, think_in_prompt: bool = False) -> float:
+def language_reward(response: str, language: str) -> float:
     """The share of the reasoning's words that are in the script of `language` ("en" or "zh").
 
     A word is a run of two or more letters (one letter is a variable), or a single Han character:
@@ -314,7 +313,7 @@ def language_reward(response: str, language: str, *, think_in_prompt: bool = Fal
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}; use one of {', '.join(LANGUAGES)}")
-    reasoning, _ = split_reasoning(response, think_in_prompt)
+    reasoning, _ = split_reasoning(response)
     reasoning = re.sub(r"\\[A-Za-z]+", " ", TAG.sub(" ", reasoning))  # LaTeX is no language
     letters = "".join(c if c.isalpha() else " " for c in reasoning)
     words = re.findall(rf"[{HAN}]|[^\s{HAN}]{{2,}}", letters)

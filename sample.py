@@ -24,6 +24,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
 from typing import Literal
@@ -35,13 +36,13 @@ from torch import Tensor
 
 import rewards
 from data.problems import Problem, load
-from data.prompts import build_prompt
+from data.prompts import CHATS, encode_prompt, opened
 from data.tokenizer import Tokenizer
 from kernels import full
 from model import Transformer, chosen_experts
 from runtime import parallel
 from runtime.pages import Pages
-from runtime.pretrained import load_pretrained
+from runtime.pretrained import find_model, load_pretrained
 from runtime.record import Captured, Recorded, Step
 from runtime.run import Run, UserError, flag, launch, parse, pick_device, progress, usable_dtype
 
@@ -372,7 +373,7 @@ def check_request(
 def evaluate(
     model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], *, samples: int,
     max_new_tokens: int, temperature: float = 0.6, top_p: float = 0.95, seed: int = 0,
-    template: str | None = None, slots: int = 256, title: str = "evaluate",
+    slots: int = 256, title: str = "evaluate",
 ) -> dict:  # fmt: skip
     """The paper's measures over `samples` outputs for each problem (R1 3 and Appendix): pass@1 is
     the mean correctness of all outputs, cons@k the correctness of the majority, pass@k whether any
@@ -382,20 +383,21 @@ def evaluate(
     """
     if not problems or samples < 1:
         raise UserError(f"{len(problems)} problems x {samples=}: --limit and --samples start at 1")
-    prompts, fitting = fitting_prompts(model, tokenizer, problems, template, max_new_tokens)
+    prompts, fitting = fitting_prompts(model, tokenizer, problems, max_new_tokens)
     mine = parallel.shard(fitting)
     with progress(len(mine) * samples, title) as bar:
         outputs = generate(
             model, [prompts[i] for i in mine for _ in range(samples)],
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-            stop=(tokenizer.eos_token_id,), seed=seed,
+            stop=tokenizer.stop_ids, seed=seed,
             rows=[i * samples + k for i in mine for k in range(samples)], slots=slots,
             on_finish=lambda index, output: bar.update(1),
         )  # fmt: skip
     groups = []
     for j, i in enumerate(mine):
         group = outputs[j * samples : (j + 1) * samples]
-        groups.append(judge_group(problems[i], [spell(tokenizer, o) for o in group], group))
+        texts = [spell(tokenizer, output) for output in group]
+        groups.append(judge_group(problems[i], texts, group, tokenizer.tags))
     return summarize(parallel.gather_list(groups), samples, skipped=len(problems) - len(fitting))
 
 
@@ -436,25 +438,33 @@ def measure(
     return result
 
 
-def open_model(directory: str, device: str, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
-    """A model directory, to train: in the dtype given, wherever it can be used."""
-    # Not in bf16 even where it is stored so: AdamW's steps of 1e-6 would vanish in its rounding.
-    place = pick_device(device)
-    model = load_pretrained(directory, dtype=usable_dtype(dtype, place), device=place)
+def open_model(
+    directory: str | Path, device: str, dtype: torch.dtype | None, template: str | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """A model directory: in the dtype given (None: as stored), wherever it can be used, and with
+    another prompt template than its own, where one is given. Without the multi-token prediction
+    layer, which neither the sampler nor RL uses: what is saved after training has none."""
+    place, directory = pick_device(device), find_model(directory)
     try:
-        return model, Tokenizer.load(directory)
+        tokenizer = Tokenizer.load(directory, template)
+        model = load_pretrained(directory, dtype=dtype, device=place, mtp=False)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only"
+                f" {model.config.vocab_size}: they do not belong together"
+            )
+        return model.to(usable_dtype(model.lm_head.weight.dtype, place)), tokenizer
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def fitting_prompts(
-    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], template: str | None,
-    max_new_tokens: int, or_none: bool = False,
+    model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem], max_new_tokens: int,
+    or_none: bool = False,
 ) -> tuple[list[list[int]], list[int]]:  # fmt: skip
     """Every problem's prompt, and the indices of those that leave room for an output. Raises
     UserError where none does, unless that may be."""
-    template = template or tokenizer.template
-    prompts = [tokenizer.encode(build_prompt(problem.question, template)) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
     room = model.config.max_position_embeddings - max_new_tokens
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
     if not fitting and not or_none:
@@ -467,11 +477,15 @@ def fitting_prompts(
 
 
 def spell(tokenizer: Tokenizer, output: Output) -> str:
-    """The text that is judged: without the stop token."""
-    return tokenizer.decode(output.tokens[:-1] if output.finish == "stop" else output.tokens)
+    """The text that is judged: without the stop token, and with what the prompt had written of it
+    already."""
+    written = output.tokens[:-1] if output.finish == "stop" else output.tokens
+    return opened(tokenizer.template) + tokenizer.decode(written)
 
 
-def judge(problem: Problem, text: str, output: Output) -> dict[str, float | None]:
+def judge(
+    problem: Problem, text: str, output: Output, tags: bool = True
+) -> dict[str, float | None]:
     """What one output is worth. One that was cut off has not answered: it earns nothing, whatever
     its text looks like so far. None where no rule can tell: the accuracy, the language."""
     finished = output.finish == "stop"
@@ -479,7 +493,7 @@ def judge(problem: Problem, text: str, output: Output) -> dict[str, float | None
     check, known = rewards.CHECKERS[problem.checker], problem.language in rewards.LANGUAGES
     return dict(
         accuracy=None if check is None else float(check(answer, problem.answer)),
-        format=rewards.format_reward(text) if finished else 0.0,
+        format=rewards.format_reward(text, tags) if finished else 0.0,
         language=rewards.language_reward(text, problem.language) if known else None,
         tokens=float(len(output.tokens)),
         reflection=float(rewards.reflections(text) > 0),
@@ -494,9 +508,11 @@ def average(values: Iterable[float | None]) -> float | None:
     return mean(known) if known else None
 
 
-def judge_group(problem: Problem, texts: list[str], outputs: list[Output]) -> dict:
+def judge_group(
+    problem: Problem, texts: list[str], outputs: list[Output], tags: bool = True
+) -> dict:
     """What one problem's outputs are worth together."""
-    rows = [judge(problem, text, output) for text, output in zip(texts, outputs)]
+    rows = [judge(problem, text, output, tags) for text, output in zip(texts, outputs)]
     answers = [rewards.extract_answer(t) for t, o in zip(texts, outputs) if o.finish == "stop"]
     check = rewards.CHECKERS[problem.checker]
     # Before the vote no Countdown expression is known to be right, so they vote by their text.
@@ -561,7 +577,9 @@ class Config:
     temperature: float = flag(0.6, "sampling temperature; 0 takes the best token")
     top_p: float = flag(0.95, "nucleus: the fewest tokens that together are as probable as this")
     max_new_tokens: int = flag(256, "longest answer, in tokens")
-    template: str | None = flag(None, "prompt template: toy or r1-zero (default: the model's own)")
+    template: str | None = flag(
+        None, "prompt template: r1-zero, toy or a chat's (default: the model's own)"
+    )
     slots: int = flag(256, "rows that are written at the same time")
     seed: int = flag(0, "random seed")
     device: str = flag("auto", "cpu, cuda or auto")
@@ -572,29 +590,38 @@ class Config:
 
 
 def main(config: Config) -> None:
-    device = pick_device(config.device)
-    model = load_pretrained(
-        config.model, dtype=config.dtype and getattr(torch, config.dtype), device=device
-    )
-    model.to(usable_dtype(model.lm_head.weight.dtype, device))
-    tokenizer = Tokenizer.load(config.model)
+    dtype = config.dtype and getattr(torch, config.dtype)
+    model, tokenizer = open_model(config.model, config.device, dtype, config.template)
     if config.data is not None:
         problems = load(config.data, all_held_out=True).held_out(config.limit)
         rewards.need_rules(problems)
         result = evaluate(
             model, tokenizer, problems, samples=config.samples,
             max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, seed=config.seed,
-            template=config.template, slots=config.slots,
+            top_p=config.top_p, seed=config.seed, slots=config.slots,
         )  # fmt: skip
         if parallel.is_main():
             print(table({"model": result}))
     elif config.prompt is not None:
         answer(model, tokenizer, config.prompt, config)
     else:
-        print("One question a line; an empty line ends.")
-        while question := read_line():
-            answer(model, tokenizer, question, config)
+        converse(model, tokenizer, config)
+
+
+def converse(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
+    """A question a line. With a chat template the model sees what was said before, but for its own
+    reasoning; with a plain one, each question stands alone."""
+    print(f"Template {tokenizer.template}. One question a line; an empty line ends.")
+    history: list[tuple[str, str]] = []
+    while question := read_line():
+        try:
+            said = answer(model, tokenizer, question, config, history)
+        except ValueError as error:  # too long
+            print(f"{error}; what was said before is forgotten: ask again" if history else error)
+            history = []
+            continue
+        if tokenizer.template in CHATS:
+            history.append((question, said))
 
 
 def read_line() -> str:
@@ -604,16 +631,20 @@ def read_line() -> str:
         return ""
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, question: str, config: Config) -> None:
-    """Stream one answer, its reasoning dimmed."""
-    prompt = tokenizer.encode(build_prompt(question, config.template or tokenizer.template))
+def answer(
+    model: Transformer, tokenizer: Tokenizer, question: str, config: Config,
+    history: Sequence[tuple[str, str]] = (),
+) -> str:  # fmt: skip
+    """Stream one answer, its reasoning dimmed; its text."""
+    prompt = encode_prompt(tokenizer, question, history=history)
     screen = Screen(tokenizer)
-    generate(
+    [output] = generate(
         model, [prompt], max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_p=config.top_p, stop=(tokenizer.eos_token_id,), seed=config.seed,
+        top_p=config.top_p, stop=tokenizer.stop_ids, seed=config.seed,
         on_token=lambda _, token: screen.show(token),
     )  # fmt: skip
     screen.close()
+    return spell(tokenizer, output)
 
 
 class Screen:
@@ -623,11 +654,13 @@ class Screen:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+        self.write(opened(tokenizer.template))
 
     def show(self, token: int) -> None:
-        if token == self.tokenizer.eos_token_id:
-            return
-        text = self.decoder.decode(self.tokenizer.encoding.decode_single_token_bytes(token))
+        if token not in self.tokenizer.stop_ids:
+            self.write(self.decoder.decode(self.tokenizer.token_bytes(token)))
+
+    def write(self, text: str) -> None:
         text = text.replace("<think>", f"{self.dim}<think>")
         print(text.replace("</think>", f"</think>{self.plain}"), end="", flush=True)
 

@@ -39,10 +39,11 @@ import rewards
 from data.corpus import WORDS, Chain, Corpus, Mix, prose, work
 from data.packing import Packed, pack
 from data.problems import Generated, Listed, Problem
-from data.prompts import build_judgement, build_prompt
+from data.prompts import answer_text, build_judgement, build_prompt, encode_prompt
 from data.tokenizer import Tokenizer
 from model import Config, MoE, Routing, Transformer, balance_loss
 from runtime import parallel
+from runtime.optimizer import adamw
 from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.run import Run, UserError, check_finite, progress, write_file
 from sample import fitting_prompts, generate, spell
@@ -367,6 +368,7 @@ class Tuning:
     warmup: int = 0
     row_tokens: int = 32768  # examples are packed into rows of so many tokens
     save_every: int = 100
+    states: str = "master"  # of the optimizer of a model in bf16: runtime/optimizer.py
 
 
 class Example(NamedTuple):
@@ -381,9 +383,7 @@ def finetune(
     """Epochs over the examples, from run's last checkpoint of this phase; False where Ctrl-C
     stopped it. learn(optimizers, examples of a batch) makes one update: `learn_answers`, say.
     until: stop after so many updates, saved, for another call to go on."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=tuning.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = adamw(model.parameters(), tuning.lr, tuning.states, seed)
     state = dict(model=model, optimizer=optimizer)
     done = run.resume(phase, state)
     batches = -(-len(examples) // tuning.batch)  # of an epoch
@@ -415,9 +415,9 @@ def finetune(
     return True
 
 
-def example(tokenizer: Tokenizer, prompt: str, response: str, template: str) -> Example:
-    answer = tokenizer.encode(f" {response.strip()}") + [tokenizer.eos_token_id]
-    return Example(tokenizer.encode(build_prompt(prompt, template)), answer)
+def example(tokenizer: Tokenizer, question: str, response: str) -> Example:
+    answer = tokenizer.encode(answer_text(response, tokenizer.template))
+    return Example(encode_prompt(tokenizer, question), answer + [tokenizer.end_id])
 
 
 def learn_answers(model: Transformer, tuning: Tuning, micro_tokens: int) -> Callable[..., Report]:
@@ -469,6 +469,7 @@ class Readable:
     least_consistency: float = 0.95  # of the reasoning's words, in the question's language
     longest_paragraph: int = 300  # words, or Chinese characters
     most_repeats: int = 3  # times that the same ten words in a row may stand in a text
+    tags: bool = True  # whether its template asks for <answer> tags
 
 
 def verdict(
@@ -481,7 +482,7 @@ def verdict(
     if correct is None:
         check = rewards.CHECKERS[problem.checker]
         correct = rewards.accuracy_reward(text, problem.answer, check) == 1
-    if not correct or not rewards.format_reward(text):
+    if not correct or not rewards.format_reward(text, readable.tags):
         return "wrong"
     if rewards.language_reward(text, problem.language) < readable.least_consistency:
         return "mixed"
@@ -498,7 +499,7 @@ def verdict(
 def collect(
     model: Transformer, tokenizer: Tokenizer, source: Generated | Listed, file: Path, run: Run, *,
     questions: int, samples: int, judge: Callable[..., list[str]], temperature: float, top_p: float,
-    max_new_tokens: int, seed: int, template: str | None, slots: int, chunk: int = 64,
+    max_new_tokens: int, seed: int, slots: int, chunk: int = 64,
 ) -> list[dict] | None:  # fmt: skip
     """What the model answers to `questions` questions, `samples` times each, with a verdict:
     judge(problems, texts, finished) -> "kept" or why not. None where Ctrl-C stopped it.
@@ -517,7 +518,7 @@ def collect(
             problems = source.batch(chunk, seed=seed, step=done // chunk)[:count]
             with run.phase("sample") as timer:
                 found = answers(
-                    model, tokenizer, problems, samples, judge, template=template, slots=slots,
+                    model, tokenizer, problems, samples, judge, slots=slots,
                     temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed,
                     first=done * samples,
                 )  # fmt: skip
@@ -539,17 +540,14 @@ def collect(
 
 def answers(
     model: Transformer, tokenizer: Tokenizer, problems: list[Problem], samples: int,
-    judge: Callable[..., list[str]], *, template: str | None, max_new_tokens: int, first: int,
-    **sampling,
+    judge: Callable[..., list[str]], *, max_new_tokens: int, first: int, **sampling,
 ) -> list[dict]:  # fmt: skip
     """The rows of one chunk, in the order of the questions, on all processes."""
-    prompts, fitting = fitting_prompts(
-        model, tokenizer, problems, template, max_new_tokens, or_none=True
-    )
+    prompts, fitting = fitting_prompts(model, tokenizer, problems, max_new_tokens, or_none=True)
     mine = parallel.shard(fitting)
     outputs = generate(
         model, [prompts[i] for i in mine for _ in range(samples)], max_new_tokens=max_new_tokens,
-        stop=(tokenizer.eos_token_id,), **sampling,
+        stop=tokenizer.stop_ids, **sampling,
         rows=[first + i * samples + k for i in mine for k in range(samples)],
     )  # fmt: skip
     asked = [problems[i] for i in mine for _ in range(samples)]
@@ -580,7 +578,7 @@ def row(problem: Problem, response: str, tokens: int, verdict: str) -> dict:
 @torch.no_grad()
 def judge_answers(
     model: Transformer, tokenizer: Tokenizer, problems: Sequence[Problem],
-    answers: Sequence[str | None], template: str, at_once: int = 64,
+    answers: Sequence[str | None], at_once: int = 64,
 ) -> list[bool]:  # fmt: skip
     """The model as generative reward model (R1 2.3.3): whether, asked if an answer is the same as
     the reference, it finds yes likelier than no. No answer is never right."""
@@ -592,7 +590,8 @@ def judge_answers(
             texts = []
             for i in given[start : start + at_once]:
                 reference = problems[i].question, problems[i].answer
-                texts.append(tokenizer.encode(build_judgement(*reference, answers[i], template)))
+                asked = build_judgement(*reference, answers[i], tokenizer.template)
+                texts.append(tokenizer.encode(asked))
             logprobs += ending_logprobs(model, [text + said for text in texts], len(said))
         likely[word] = logprobs
     right = dict(zip(given, map(operator.gt, likely[" yes"], likely[" no"])))

@@ -43,7 +43,7 @@ import rewards
 import sft
 from data import chat
 from data.problems import Generated, Listed, Problem, load
-from data.prompts import build_prompt, sum_up
+from data.prompts import check_template, encode_prompt, join, sum_up
 from data.tokenizer import Tokenizer
 from model import Transformer
 from rewards import RewardModel
@@ -70,7 +70,9 @@ class Config:
     general: str | None = flag(None, "JSONL of prompt, response (default: the toy's)")
     preferences: str | None = flag(None, "JSONL of prompt, chosen, rejected (default: the toy's)")
     safety: str | None = flag(None, "JSONL of prompt, response, safe (default: the toy's)")
-    template: str | None = flag(None, "prompt template, toy or r1-zero (default: the model's own)")
+    template: str | None = flag(
+        None, "prompt template: r1-zero, toy or a chat's (default: the model's own)"
+    )
     out: str = flag("runs/r1", "directory of the run")
     seed: int = flag(0, "random seed")
     until: Literal["dev1", "dev2", "dev3", "r1"] = flag("r1", "the last stage to run")
@@ -117,7 +119,16 @@ class Config:
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
     micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
     device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64"] = flag("float32", "of the weights that are trained")
+    dtype: Literal["float32", "float64", "bfloat16"] = flag(
+        "float32", "of the weights that are trained"
+    )
+    optimizer: Literal["master", "rounding"] = flag(
+        "master",
+        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
+        " bf16 with stochastic rounding (8)",
+    )
+    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
+    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
@@ -143,7 +154,7 @@ class Config:
                     " stop before: --until dev2"
                 )
         if self.template is not None:
-            build_prompt("", self.template)  # refuses an unknown one
+            check_template(self.template)
         settings(self, self.final_temperature)  # and so does this for what concerns GRPO
 
     @property
@@ -176,7 +187,8 @@ def main(config: Config) -> None:
     run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
     if not zero_is_there(config, run):  # stopped by Ctrl-C; the same command goes on
         return
-    lab = Lab(config, run, Tokenizer.load(Path(config.zero) / "model"), source, held_out)
+    tokenizer = Tokenizer.load(Path(config.zero) / "model", config.template)
+    lab = Lab(config, run, tokenizer, source, held_out)
     if config.until == "r1" and not all(reward_model(name, lab) for name in REWARD_MODELS):
         return
     stages = dict(dev1=cold_start, dev2=reasoning_rl, dev3=rejection_sampling, r1=all_scenarios)
@@ -221,7 +233,7 @@ def prepare(config: Config) -> tuple[Generated | Listed, list[Problem]]:
         base = Path(config.model or zero / "base")
         if not base.is_dir():
             raise UserError(f"no base in {base}: give --model DIR, what the R1-Zero began as")
-        if Tokenizer.load(base).files() != Tokenizer.load(zero / "model").files():
+        if not Tokenizer.load(base).same_tokens(Tokenizer.load(zero / "model")):
             raise UserError(f"{base} and {zero / 'model'} have different tokenizers: give the base"
                             " that the R1-Zero began as")  # fmt: skip
     return source, held_out
@@ -253,11 +265,9 @@ class Lab:
         config, zero = self.config, Path(self.config.zero)
         places = dict(base=config.model or zero / "base", zero=zero / "model")
         place = places.get(name, self.run.out / name)
-        return open_model(place, config.device, getattr(torch, config.dtype))[0]
-
-    @property
-    def template(self) -> str:
-        return self.config.template or self.tokenizer.template
+        model, _ = open_model(place, config.device, getattr(torch, config.dtype))
+        model.recompute = config.recompute
+        return model
 
     def draw(self, done: int, stage: str) -> list[Problem]:
         """The questions of a rollout."""
@@ -280,13 +290,16 @@ def cold_start(lab: Lab) -> Transformer | None:
     if rows is None:
         return None
     kept = sft.count_verdicts(rows, "dev1_samples", lab.run)[: config.cold_examples]
-    return tuned(lab, "dev1", [(row["question"], rewritten(row, lab.template)) for row in kept])
+    return tuned(
+        lab, "dev1", [(row["question"], rewritten(row, lab.tokenizer.template)) for row in kept]
+    )
 
 
 def reasoning_rl(lab: Lab) -> Transformer | None:
     """R1 2.3.2: R1-Zero's RL once more, from dev1, and with the language in the reward."""
     return reinforced(lab, "dev2", "dev1", lambda done: lab.draw(done, "dev2"),
-                      reasoning_reward(lab.config), lab.config.steps, temperature=1.0)  # fmt: skip
+                      reasoning_reward(lab.config, lab.tokenizer.tags), lab.config.steps,
+                      temperature=1.0)  # fmt: skip
 
 
 def rejection_sampling(lab: Lab) -> Transformer | None:
@@ -332,14 +345,14 @@ def all_scenarios(lab: Lab) -> Transformer | None:
 # ---- rewards -------------------------------------------------------------------------------
 
 
-def reasoning_reward(config: Config) -> grpo.Reward:
+def reasoning_reward(config: Config, tags: bool = True) -> grpo.Reward:
     """R1 2.3.2: accuracy + format + the share of the reasoning's words in the right language."""
 
     def reward(problem: Problem, response: str, finished: bool) -> float:
         if not finished:
             return 0.0
         language = rewards.language_reward(response, problem.language)
-        rules = rewards.rule_reward(problem, response, finished)
+        rules = rewards.rule_reward(problem, response, finished, tags=tags)
         return rules + config.language_weight * language
 
     return lambda *outputs: [reward(*output) for output in zip(*outputs)]
@@ -347,7 +360,8 @@ def reasoning_reward(config: Config) -> grpo.Reward:
 
 def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> grpo.Reward:
     """R1 2.3.4: by the kind of prompt, the rules or a reward model; and format and language."""
-    config, rules = lab.config, reasoning_reward(lab.config)
+    config, tags = lab.config, lab.tokenizer.tags
+    rules = reasoning_reward(config, tags)
 
     def reward(problems: list[Problem], texts: list[str], finished: list[bool]) -> list[float]:
         values = [0.0] * len(texts)
@@ -366,7 +380,7 @@ def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> gr
                 language = 1.0
                 if rewards.THINK_TAG.search(texts[i]):  # a plain answer may be a translation
                     language = rewards.language_reward(texts[i], problems[i].language)
-                layout = rewards.general_format_reward(texts[i])
+                layout = rewards.general_format_reward(texts[i], tags)
                 values[i] = value + layout + config.language_weight * language
         rest = of["rules"]
         told = rules(*([part[i] for i in rest] for part in (problems, texts, finished)))
@@ -387,7 +401,8 @@ def reward_model(name: str, lab: Lab) -> RewardModel | None:
     train, test = split(data_rows(lab, "preferences" if name == "helpful" else "safety"))
     losses = preference_losses if name == "helpful" else verdict_losses
     tuning = sft.Tuning(epochs=1, batch=config.reward_batch, lr=config.reward_lr,
-                        final_lr=config.reward_lr / 10, save_every=config.save_every)  # fmt: skip
+                        final_lr=config.reward_lr / 10, save_every=config.save_every,
+                        states=config.optimizer)  # fmt: skip
     at_once = max(1, config.micro_tokens // config.row_tokens)
     learn = sft.learn_rows(model, lambda rows: losses(model, lab, rows), at_once)
     if not sft.finetune(model, train, learn, tuning, lab.run, f"reward {name}", config.seed):
@@ -425,7 +440,7 @@ def score(model: RewardModel, lab: Lab, prompts: list[str], texts: list[str]) ->
 
 
 def whole(lab: Lab, prompt: str, text: str) -> list[int]:
-    example = sft.example(lab.tokenizer, prompt, text, lab.template)
+    example = sft.example(lab.tokenizer, prompt, text)
     return example.prompt + example.answer
 
 
@@ -449,10 +464,11 @@ def reinforced(
     course = grpo.Course(
         steps=steps, minibatches=config.minibatches, lr=config.rl_lr,
         warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
+        states=config.optimizer, offload=config.offload,
     )  # fmt: skip
     finished = grpo.reinforce(
         policy, lab.tokenizer, draw, reward, lambda done: settings(config, temperature), course,
-        lab.run, seed=config.seed + SEEDS[name], template=config.template, phase=name,
+        lab.run, seed=config.seed + SEEDS[name], phase=name,
     )  # fmt: skip
     return policy if finished else None
 
@@ -468,9 +484,9 @@ def tuned(lab: Lab, name: str, texts: list[tuple[str, str]]) -> Transformer | No
                         " or give a better --zero")  # fmt: skip
     tuning = sft.Tuning(
         epochs=config.epochs, batch=config.batch, lr=config.lr, final_lr=config.final_lr,
-        row_tokens=config.row_tokens, save_every=config.save_every,
+        row_tokens=config.row_tokens, save_every=config.save_every, states=config.optimizer,
     )  # fmt: skip
-    examples = [sft.example(lab.tokenizer, *text, lab.template) for text in texts]
+    examples = [sft.example(lab.tokenizer, *text) for text in texts]
     longest = model.config.max_position_embeddings
     examples = [each for each in examples if len(each.prompt) + len(each.answer) <= longest]
     if parallel.is_main():
@@ -483,10 +499,10 @@ def tuned(lab: Lab, name: str, texts: list[tuple[str, str]]) -> Transformer | No
 
 def rewritten(row: dict, template: str) -> str:
     """The reasoning as it is, and a summary that names the result."""
-    reasoning, _ = rewards.split_reasoning(row["response"], think_in_prompt=False)
+    reasoning, _ = rewards.split_reasoning(row["response"])
     reasoning = reasoning.replace("<think>", "").strip()
     said = sum_up(rewards.extract_answer(row["response"]), row["language"], template)
-    return f"<think> {reasoning} </think> <answer> {said} </answer>"
+    return join(reasoning, said, template)
 
 
 def sampled(
@@ -496,14 +512,16 @@ def sampled(
     """Outputs of a model with their verdicts, in a file; None where Ctrl-C stopped it. judge: the
     model that compares an answer with its reference, where no rule can."""
     config = lab.config
-    readable = sft.Readable(config.least_consistency, config.longest_paragraph)
+    readable = sft.Readable(
+        config.least_consistency, config.longest_paragraph, tags=lab.tokenizer.tags
+    )
     judge_model = lab.model(judge) if judge else None
 
     def verdicts(problems: list[Problem], texts: list[str], finished: list[bool]) -> list[str]:
         right = [None] * len(texts)
         if judge_model is not None:
             answers = [rewards.extract_answer(text) for text in texts]
-            right = sft.judge_answers(judge_model, lab.tokenizer, problems, answers, lab.template)
+            right = sft.judge_answers(judge_model, lab.tokenizer, problems, answers)
         return [sft.verdict(*each, readable) for each in zip(problems, texts, finished, right)]
 
     return sft.collect(
@@ -511,7 +529,7 @@ def sampled(
         questions=questions, samples=config.samples, judge=verdicts, temperature=1.0, top_p=1.0,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed + SEEDS["judged" if judge else name[:4]],
-        template=config.template, slots=config.slots,
+        slots=config.slots,
     )  # fmt: skip
 
 
@@ -556,8 +574,8 @@ def assess(name: str, lab: Lab) -> dict:
     config, run, file = lab.config, lab.run, lab.run.out / f"evaluation_{name}_general.json"
     model = lab.model(name)
     common = dict(max_new_tokens=config.max_new_tokens, seed=config.seed, slots=config.slots)
-    result = measure(model, lab.tokenizer, lab.held_out, run, name, template=config.template,
-                     samples=config.eval_samples, **common)  # fmt: skip
+    samples = config.eval_samples
+    result = measure(model, lab.tokenizer, lab.held_out, run, name, samples=samples, **common)
     if not file.exists():
         with run.phase("evaluate"):
             marks = (world_marks if config.is_toy else learned_marks)(model, lab)
@@ -607,9 +625,9 @@ def answers_to(prompts: list[str], model: Transformer, lab: Lab) -> list[tuple[s
     """One answer at T = 1 to each, and whether it ended by itself."""
     config = lab.config
     outputs = generate(
-        model, [sft.example(lab.tokenizer, prompt, "", lab.template).prompt for prompt in prompts],
+        model, [encode_prompt(lab.tokenizer, prompt) for prompt in prompts],
         max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed,
-        stop=(lab.tokenizer.eos_token_id,), slots=config.slots,
+        stop=lab.tokenizer.stop_ids, slots=config.slots,
     )  # fmt: skip
     return [(spell(lab.tokenizer, output), output.finish == "stop") for output in outputs]
 

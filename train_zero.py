@@ -33,11 +33,11 @@ import rewards
 import sft
 from data.corpus import BILINGUAL, Mix
 from data.problems import Generated, Listed, Problem, load
-from data.prompts import build_prompt
+from data.prompts import check_template
 from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
 from model import Transformer
-from runtime import parallel
+from runtime import memory, parallel
 from runtime.plot import draw_curve
 from runtime.pretrained import save_pretrained
 from runtime.run import (
@@ -55,7 +55,9 @@ class Config:
     test_data: str | None = flag(
         None, "JSONL file to evaluate on (default: held-out part of --data)"
     )
-    template: str | None = flag(None, "prompt template, toy or r1-zero (default: the model's own)")
+    template: str | None = flag(
+        None, "prompt template: r1-zero, toy or a chat's (default: the model's own)"
+    )
     out: str = flag("runs/zero", "directory of the run")
     seed: int = flag(0, "random seed")
     # The toy's base.
@@ -95,9 +97,20 @@ class Config:
     slots: int = flag(256, "outputs written at the same time; fewer need less memory")
     micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
     device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64"] = flag("float32", "of the weights that are trained")
+    dtype: Literal["float32", "float64", "bfloat16"] = flag(
+        "float32", "of the weights that are trained"
+    )
+    optimizer: Literal["master", "rounding"] = flag(
+        "master",
+        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
+        " bf16 with stochastic rounding (8)",
+    )
+    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
+    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
     resume: bool = flag(False, "continue the run in --out")
+    dry_run: bool = flag(False, "print what memory this takes and what fits, and stop")
+    gpu_memory: float = flag(0.0, "GB of a GPU, for --dry-run; 0: that of the GPU at hand, or 80")
 
     def __post_init__(self):
         for name in COUNTS:
@@ -119,11 +132,12 @@ class Config:
                 f" {self.max_new_tokens}, not {self.raised_max_new_tokens}"
             )
         if self.template is not None:
-            build_prompt("", self.template)  # refuses an unknown one
+            check_template(self.template)
         grpo_settings(self, done=0)  # and so does this for what concerns GRPO
 
 
 CORPORA = {"calc-chain": Mix(), "bilingual-chain": BILINGUAL}  # what a toy base reads for its task
+PROMPT_TOKENS = 512  # of the longest question, for --dry-run
 MAY_CHANGE = ("steps", "save_every", "force", "slots", "micro_tokens")  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
           "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_tokens")  # fmt: skip
@@ -132,8 +146,9 @@ REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=40
 PRESETS = {
     "toy": {},
     # For train_r1.py: half in Chinese, and a corpus that has chats as well.
-    "bilingual": dict(data="bilingual-chain", out="runs/zero-bilingual", pretrain_steps=1600,
-                      steps=120),
+    "bilingual": dict(
+        data="bilingual-chain", out="runs/zero-bilingual", pretrain_steps=1600, steps=120
+    ),
     "countdown": {**REAL, "data": "countdown", "out": "runs/countdown"},
     "gsm8k": {**REAL, "data": "train.jsonl", "out": "runs/gsm8k"},
     # The published settings: 32 questions x 16 outputs a step, 16 steps for each rollout.
@@ -157,10 +172,14 @@ PRESETS = {
 
 
 def main(config: Config) -> None:
+    if config.dry_run:
+        return print(memory.table(memory.plan(footprint(config))))
     source, held_out = questions(config)
     given = None
     if config.model:
-        given = open_model(config.model, config.device, getattr(torch, config.dtype))
+        dtype = getattr(torch, config.dtype)
+        given = open_model(config.model, config.device, dtype, config.template)
+        given[0].recompute = config.recompute
     check_context(config, given[0].config if given else ModelConfig.preset("toy"))
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
     model, tokenizer = given or pretrain_base(config, run)
@@ -172,6 +191,19 @@ def main(config: Config) -> None:
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
     zero = assess(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
+
+
+def footprint(config: Config) -> memory.Inputs:
+    """What decides the memory of a run, from the model's config.json alone."""
+    model = memory.read_config(config.model) if config.model else ModelConfig.preset("toy")
+    longest = max(config.max_new_tokens, config.raised_max_new_tokens) + PROMPT_TOKENS
+    return memory.Inputs(
+        model, config.dtype, config.optimizer, reference=config.beta > 0,
+        offload_reference=config.offload, offload_optimizer=config.offload,
+        recompute=config.recompute, micro_tokens=config.micro_tokens,
+        longest=min(longest, model.max_position_embeddings), slots=config.slots,
+        gpus=parallel.world_size(), gpu_memory=config.gpu_memory or memory.device_memory(),
+    )  # fmt: skip
 
 
 def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
@@ -216,6 +248,7 @@ def reinforce(
     course = grpo.Course(
         steps=config.steps, minibatches=config.minibatches,
         lr=config.lr, warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
+        states=config.optimizer, offload=config.offload,
     )  # fmt: skip
 
     def draw(done: int) -> list[Problem]:
@@ -223,8 +256,8 @@ def reinforce(
         return source.batch(config.questions, seed=config.seed, step=rollouts)
 
     return grpo.reinforce(
-        policy, tokenizer, draw, reward_rule(config), lambda done: grpo_settings(config, done),
-        course, run, seed=config.seed, template=config.template,
+        policy, tokenizer, draw, reward_rule(config, tokenizer.tags),
+        lambda done: grpo_settings(config, done), course, run, seed=config.seed,
     )  # fmt: skip
 
 
@@ -240,14 +273,14 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
     )  # fmt: skip
 
 
-def reward_rule(config: Config) -> grpo.Reward:
+def reward_rule(config: Config, tags: bool = True) -> grpo.Reward:
     """R1 2.2.2: accuracy and format, equally weighted. The controls are told less, or nothing."""
 
     def rules(problem: Problem, response: str, finished: bool) -> float:
-        return rewards.rule_reward(problem, response, finished, config.format_weight)
+        return rewards.rule_reward(problem, response, finished, config.format_weight, tags)
 
     def only_format(problem: Problem, response: str, finished: bool) -> float:
-        return rewards.format_reward(response) if finished else 0.0
+        return rewards.format_reward(response, tags) if finished else 0.0
 
     def coin(problem: Problem, response: str, finished: bool) -> float:
         """By a hash of the text: the same text always earns the same, and it means nothing."""
@@ -268,7 +301,7 @@ def assess(
     return measure(
         model, tokenizer, problems, run, name, step=step, samples=config.eval_samples,
         max_new_tokens=grpo_settings(config, step).max_new_tokens, seed=config.seed,
-        template=config.template, slots=config.slots,
+        slots=config.slots,
     )  # fmt: skip
 
 

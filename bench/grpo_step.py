@@ -42,6 +42,7 @@ class Words:
 
     def __init__(self, vocabulary: int):
         self.eos_token_id = vocabulary
+        self.stop_ids, self.template, self.tags = (vocabulary,), "toy", True
 
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))

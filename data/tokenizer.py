@@ -5,17 +5,24 @@ a regular expression that cuts text into pieces before merging, and the special 
 ranks are `toy.tiktoken`: the 256 bytes, and the words of the toy's language in English and Chinese.
 Whatever is not a word falls back to bytes, so every text has a code.
 
-Read next: prompts.py.  Rebuild toy.tiktoken: python -m data.tokenizer
+Read next: released.py.  Rebuild toy.tiktoken: python -m data.tokenizer
 """
 
 import base64
 import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence, Set
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
+import regex  # tiktoken's own dependency
 import tiktoken
 
-from data import chat
+from data import chat, released
 from data.corpus import LABELS, THEN, WORDS
+from data.prompts import TEMPLATES, end_token
+from data.released import dump, read_json, read_ranks
 
 HERE = Path(__file__).parent
 
@@ -37,40 +44,103 @@ TOY_SPECIAL = [
 class Tokenizer:
     """tiktoken with the few things that a model directory has to carry.
 
-    encode(text) never yields a special token: text that spells one is plain text. Special tokens
-    are added by id, on purpose.
+    encode(text) never yields a control token (a turn's end, a role): text that spells one is plain
+    text. They are added by id, on purpose. `words`, as a released model's <think>, are text that
+    happens to be one token. data/released.py makes what the toy leaves out.
     """
 
     def __init__(
-        self, ranks: dict[bytes, int], pattern: str, special: dict[str, int], template: str
-    ):
+        self, ranks: dict[bytes, int], pattern: str, special: dict[str, int], template: str, *,
+        words: dict[str, int] = {}, normalized: frozenset[str] = frozenset(),
+        cuts: tuple[str, ...] = (), nfc: bool = False, ids: Sequence[int] | None = None,
+        spelling: dict[int, bytes] = {}, bos: str | None = None, eos: str = "<|end_of_text|>",
+        pad: str = "<|pad|>", stop: Sequence[int] = (), chat_template: str = "",
+        originals: dict[str, bytes] = {},
+    ):  # fmt: skip
         self.ranks, self.pattern, self.special = ranks, pattern, special
         self.template = template  # the prompt template its model was trained with: prompts.py
         self.encoding = tiktoken.Encoding(
             "nanor1", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
+        self.words = words
+        self.cuts = [regex.compile(cut, regex.VERSION1) for cut in cuts]  # before `pattern`
+        self.nfc = nfc  # text is normalized first
+        self.ids = ids  # a token's id by its rank; None where they are the same
+        self.chat_template, self.originals = chat_template, originals  # as downloaded
+        self._bytes = {ids[rank] if ids else rank: token for token, rank in ranks.items()}
+        self._bytes |= {number: name.encode() for name, number in (special | words).items()}
+        self._bytes |= spelling
+        # What is looked for in the raw text and in the normalized, by `special`.
+        self._added = special | words
+        self._patterns = [
+            (either({*names} - normalized), either(normalized & {*names}))
+            for names in (words, self._added)
+        ]
+        self.vocab_size = max(self._bytes) + 1  # the highest id + 1
+        self.eos_token_id, self.pad_token_id = special[eos], special[pad]
+        self.bos_token_id = special[bos] if bos else None  # where each text begins with it
+        self._stop = stop
 
     @property
-    def vocab_size(self) -> int:
-        return len(self.ranks) + len(self.special)
+    def end_id(self) -> int:
+        """Ends an answer that is learned: a turn's end where the template is a chat's."""
+        return self.special.get(end_token(self.template), self.eos_token_id)
 
     @property
-    def eos_token_id(self) -> int:
-        return self.special["<|end_of_text|>"]
+    def stop_ids(self) -> tuple[int, ...]:
+        """Any of these ends an answer that is sampled."""
+        return tuple(dict.fromkeys([self.eos_token_id, self.end_id, *self._stop]))
 
     @property
-    def pad_token_id(self) -> int:
-        return self.special["<|pad|>"]
+    def tags(self) -> bool:
+        """Whether the template asks for <answer> tags; a chat template does not."""
+        return self.template in TEMPLATES
 
-    def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+    def same_tokens(self, other: "Tokenizer") -> bool:
+        """Whether a model that reads the one can read the other."""
+        return self._bytes == other._bytes
 
-    def decode(self, tokens: list[int]) -> str:
-        """Bytes that are no UTF-8 come out as U+FFFD; special tokens are spelt out."""
-        return self.encoding.decode(tokens, errors="replace")
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The tokens of a text; special=True also reads control tokens from it."""
+        raw, normal = self._patterns[special]
+        if not (raw or normal or self.nfc or self.cuts or self.ids):
+            return self.encoding.encode_ordinary(text)
+        tokens = []
+        for section, name in sections(raw, text):
+            if self.nfc:
+                section = unicodedata.normalize("NFC", section)
+            for piece, inner in sections(normal, section):
+                tokens += self._merge(piece)
+                if inner:
+                    tokens.append(self._added[inner])
+            if name:
+                tokens.append(self._added[name])
+        return tokens
+
+    def _merge(self, text: str) -> list[int]:
+        pieces = [text]
+        for cut in self.cuts:
+            pieces = [part for piece in pieces for part in isolate(cut, piece)]
+        ranks = [rank for piece in pieces for rank in self.encoding.encode_ordinary(piece)]
+        return [self.ids[rank] for rank in ranks] if self.ids else ranks
+
+    def token_bytes(self, token: int) -> bytes:
+        """b"" for an id that is no token: models have more rows than tokens."""
+        return self._bytes.get(token, b"")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Bytes that are no UTF-8 come out as U+FFFD; control tokens are spelt out."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def files(self) -> dict[str, bytes]:
-        """What a model directory carries of it: file name -> content."""
+        """What a model directory carries of it: file name -> content. Downloaded ones stay as they
+        were, but for the name of the template."""
+        if self.originals:
+            files = dict(self.originals)
+            settings = json.loads(files.get("tokenizer_config.json", "{}"))
+            settings["prompt_template"] = self.template
+            files["tokenizer_config.json"] = dump(settings)
+            return files
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
         settings = {
             "pattern": self.pattern,
@@ -79,8 +149,12 @@ class Tokenizer:
             "pad_token": "<|pad|>",
             "prompt_template": self.template,
         }
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        return {"tokenizer.tiktoken": b"".join(lines), "tokenizer_config.json": text.encode()}
+        ends = {"eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
+        return {
+            "tokenizer.tiktoken": b"".join(lines),
+            "tokenizer_config.json": dump(settings),
+            "generation_config.json": dump(ends),
+        }
 
     @classmethod
     def toy(cls, bilingual: bool = False) -> "Tokenizer":
@@ -89,47 +163,43 @@ class Tokenizer:
         return cls(ranks, TOY_PATTERN, special, template="toy")
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Tokenizer":
-        """The tokenizer of a model directory. Raises FileNotFoundError, or ValueError for a file
-        that is not one."""
+    def load(cls, directory: str | Path, template: str | None = None) -> "Tokenizer":
+        """The tokenizer of a model directory, ours or a released model's; `template` instead of the
+        directory's own. Raises FileNotFoundError, or ValueError for a file that is not one."""
         directory = Path(directory)
-        for name in ("tokenizer.tiktoken", "tokenizer_config.json"):
-            if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory} has no {name}: not a directory saved by nanoR1"
-                )
+        if not any((directory / name).is_file() for name in released.KINDS):
+            *names, last = released.KINDS
+            raise FileNotFoundError(f"{directory} has no {', '.join(names)} or {last}")
+        if not (directory / "tokenizer.tiktoken").is_file():
+            return cls(**released.read(directory, template))
+        path = directory / "tokenizer_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} has no {path.name}: not one saved by nanoR1")
+        settings = read_json(path)
         try:
-            settings = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
             special, pattern = settings["special_tokens"], settings["pattern"]
-            template = settings["prompt_template"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{directory / 'tokenizer_config.json'} can't be read: {error}"
-            ) from None
+            template = template or settings["prompt_template"]
+        except KeyError as error:
+            raise ValueError(f"{path} can't be read: {error}") from None
         return cls(read_ranks(directory / "tokenizer.tiktoken"), pattern, special, template)
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """A .tiktoken file: a token in base64 and its rank on each line. ValueError with file and line
-    for anything else."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            encoded, rank = line.split()
-            token = base64.b64decode(encoded, validate=True)
-            known, ranks[token] = token in ranks, int(rank)
-        except ValueError:
-            raise ValueError(
-                f"{path}:{number}: expected 'BASE64 RANK', found {line[:40]!r}"
-            ) from None
-        if known:
-            raise ValueError(f"{path}:{number}: token {token!r} comes a second time")
-    if len(set(ranks.values())) < len(ranks):
-        raise ValueError(f"{path}: two tokens have the same rank")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:  # tiktoken would panic at the first text that has them
-        raise ValueError(f"{path}: no token for byte {missing[0]}, and {len(missing) - 1} more")
-    return ranks
+def either(names: Set[str]) -> re.Pattern | None:
+    """Finds any of the names, the longest of those that begin at the same place."""
+    names = sorted(names, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+
+def sections(names: re.Pattern | None, text: str) -> Iterator[tuple[str, str | None]]:
+    """The text before each name, with the name, and the text after the last, with None."""
+    found = names.split(text) if names else [text]
+    return zip_longest(found[::2], found[1::2])
+
+
+def isolate(cut: "regex.Pattern", text: str) -> list[str]:
+    """Each match, and each stretch between matches."""
+    ends = [0, *(end for found in cut.finditer(text) for end in found.span()), len(text)]
+    return [text[a:b] for a, b in pairwise(ends) if a < b]
 
 
 def toy_ranks() -> dict[bytes, int]:

@@ -9,7 +9,7 @@ Read next: checkpoint.py.
     torchrun --nproc_per_node=2 train_zero.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ T = TypeVar("T")
 # A rank that fails ends its process, and torchrun then ends the others. The timeout is for what
 # torchrun cannot see, a rank that is alive and never comes.
 TIMEOUT = timedelta(minutes=30)
+BUCKET = 2**26  # numbers whose sum over ranks is taken at once: gradients are copied for it
 
 
 def init(device: torch.device | str = "cpu") -> None:
@@ -128,10 +129,27 @@ def sum_gradients(model: nn.Module) -> None:
     alike: dict[tuple, list[nn.Parameter]] = {}
     for p, ranks in zip(parameters, used.tolist()):
         if ranks:
-            alike.setdefault((p.dtype, p.device), []).append(p)
-    for group in alike.values():  # one all_reduce for each, in place of one for each parameter
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for p, summed in zip(group, flat.split([p.numel() for p in group])):
-            p.grad = summed.view_as(p)
+            alike.setdefault((p.grad_dtype or p.dtype, p.device), []).append(p)
+    for (dtype, _), group in alike.items():
+        for bucket in _buckets(group):  # one all_reduce, not one for each parameter
+            grads = [
+                p.grad if p.grad is not None else torch.zeros_like(p, dtype=dtype) for p in bucket
+            ]
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for p, summed in zip(bucket, flat.split([p.numel() for p in bucket])):
+                p.grad = summed.view_as(p)
+            del grads, flat
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """In order, as many at a time as BUCKET numbers hold, at least one."""
+    bucket, size = [], 0
+    for p in parameters:
+        if bucket and size + p.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += p.numel()
+    if bucket:
+        yield bucket

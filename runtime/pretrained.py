@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels.fp8 import SIDE, dequant_fp8
 from model import Config, Transformer
 from runtime import parallel
+from runtime.configs import read_config, to_json
 from runtime.flags import UserError
 from runtime.progress import progress
 
@@ -136,7 +137,7 @@ def _write_model(model: nn.Module, directory: Path, tokenizer_files: dict[str, b
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = {**model.config.to_dict(), "torch_dtype": dtype}
+    config = {**to_json(model.config), "torch_dtype": dtype}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, content in tokenizer_files.items():
         (directory / name).write_bytes(content)
@@ -153,11 +154,7 @@ def load_pretrained(
     is read. Raises UserError where a file is missing or unreadable, or the tensors are not the
     config's.
     """
-    given, path = path, Path(path).absolute()
-    if not path.exists() and _old(path).exists():
-        path = _old(path)  # a save was killed between its two renames
-    if not path.is_dir():
-        raise UserError(f"no model at {given}: give a directory with config.json and *.safetensors")
+    path = find_model(path)
     config = read_config(path)
     stored = Stored(path)
     if not mtp:
@@ -182,15 +179,14 @@ def load_pretrained(
     return model
 
 
-def read_config(path: Path) -> Config:
-    """The config.json of a model directory."""
-    file = path / "config.json"
-    if not file.exists():
-        raise UserError(f"no config.json in {path}: give a model directory")
-    try:
-        return Config.from_dict(json.loads(file.read_text("utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: not a config that can be used: {error}") from error
+def find_model(path: str | Path) -> Path:
+    """The directory that a model is in. Raises UserError where there is none."""
+    found = Path(path).absolute()
+    if not found.exists() and _old(found).exists():
+        found = _old(found)  # a save was killed between its two renames
+    if not found.is_dir():
+        raise UserError(f"no model at {path}: give a directory with config.json and *.safetensors")
+    return found
 
 
 class Stored:

@@ -40,7 +40,9 @@ from runtime.progress import progress
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
            "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
 
-FREE_TO_CHANGE = ("out", "resume", "device", "threads")  # on --resume
+# On --resume.
+FREE_TO_CHANGE = ("out", "resume", "device", "threads", "recompute", "offload", "dry_run",
+                  "gpu_memory")  # fmt: skip
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model import Config, Transformer
+from runtime.configs import from_json
 from runtime import pretrained
 from runtime.checkpoint import (
     latest,
@@ -34,7 +35,7 @@ SMALL = Config.preset(
     "toy", vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
     moe_intermediate_size=4, n_routed_experts=4, kv_lora_rank=6, v_head_dim=5,
 )  # fmt: skip
-QWEN = Config.from_dict(
+QWEN = from_json(
     dict(model_type="qwen2", vocab_size=11, hidden_size=8, intermediate_size=12,
          num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
 )  # fmt: skip
@@ -99,7 +100,7 @@ def test_the_experts_are_stored_under_their_official_names(tmp_path):
 def test_the_file_says_that_it_is_of_torch_which_transformers_asks_for(tmp_path):
     save_pretrained(small_model(), tmp_path)
     assert header(tmp_path / "model.safetensors")["__metadata__"] == {"format": "pt"}
-    assert Config.from_dict(json.loads((tmp_path / "config.json").read_text())) == SMALL
+    assert from_json(json.loads((tmp_path / "config.json").read_text())) == SMALL
 
 
 def test_a_tied_head_is_not_stored_and_is_tied_again(tmp_path):

@@ -27,6 +27,7 @@ from model import (
     rotate,
     yarn_mscale,
 )  # fmt: skip
+from runtime.configs import from_json, to_json
 from runtime.pretrained import official
 
 # mscale and mscale_all_dim differ, so that neither the softmax scale nor the factor on cos and sin
@@ -49,9 +50,9 @@ CONFIGS = {
         DEEPSEEK, q_lora_rank=None, rope_scaling=None, n_shared_experts=0
     ),
     "deepseek-bias": replace(DEEPSEEK, attention_bias=True, norm_topk_prob=False),
-    "qwen2": Config.from_dict(dict(model_type="qwen2", tie_word_embeddings=True, **DENSE)),
-    "qwen3": Config.from_dict(dict(model_type="qwen3", head_dim=10, **DENSE)),
-    "llama": Config.from_dict(dict(model_type="llama", attention_bias=True, **DENSE)),
+    "qwen2": from_json(dict(model_type="qwen2", tie_word_embeddings=True, **DENSE)),
+    "qwen3": from_json(dict(model_type="qwen3", head_dim=10, **DENSE)),
+    "llama": from_json(dict(model_type="llama", attention_bias=True, **DENSE)),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 deepseeks = pytest.mark.parametrize("name", ["deepseek", "deepseek-no-q-lora", "deepseek-bias"])
@@ -919,8 +920,8 @@ def test_a_new_model_starts_from_small_normal_matrices_and_zero_biases():
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), Config(), Config.preset("toy")])
 def test_a_config_survives_its_json(config):
-    settings = json.loads(json.dumps(config.to_dict()))
-    assert Config.from_dict(settings) == config
+    settings = json.loads(json.dumps(to_json(config)))
+    assert from_json(settings) == config
     assert settings["architectures"][0].endswith("ForCausalLM")
 
 
@@ -931,7 +932,7 @@ def test_from_dict_reads_the_official_config_and_passes_over_what_is_not_the_mod
         rms_norm_eps=1e-6, rope_theta=10000, sliding_window=4096, torch_dtype="bfloat16",
         max_position_embeddings=131072, tie_word_embeddings=False, use_cache=True,
     )  # fmt: skip
-    config = Config.from_dict(settings)
+    config = from_json(settings)
     assert not config.is_moe and config.num_moe_layers == 0 and config.kv_lora_rank is None
     assert config.gqa_head_dim == 128 and config.cache_width == 2 * 2 * 128
     with torch.device("meta"):
@@ -943,7 +944,7 @@ def test_from_dict_takes_theta_from_rope_parameters_or_refuses():
     """transformers 5 writes rope_theta there; to pass over it would turn at the wrong speed."""
     settings = dict(model_type="qwen2", rope_parameters=dict(rope_type="default", rope_theta=1e6))
     try:
-        assert Config.from_dict(settings).rope_theta == 1e6
+        assert from_json(settings).rope_theta == 1e6
     except ValueError as error:
         assert "rope_parameters" in str(error)
 
@@ -974,11 +975,11 @@ def test_unknown_presets_and_model_types_are_refused_with_those_there_are():
     with pytest.raises(ValueError, match="'tiny'.*deepseek-v3, toy"):
         Config.preset("tiny")
     with pytest.raises(ValueError, match="'gpt2'.*deepseek_v3, qwen2, qwen3, llama"):
-        Config.from_dict(dict(model_type="gpt2"))
+        from_json(dict(model_type="gpt2"))
 
 
 def test_config_json_has_no_head_dim_where_none_is_given():
     """transformers would take null for a value."""
-    assert "head_dim" not in CONFIGS["qwen2"].to_dict()
-    assert replace(CONFIGS["qwen2"], head_dim=8).to_dict()["head_dim"] == 8
-    assert Config.from_dict(CONFIGS["qwen2"].to_dict()) == CONFIGS["qwen2"]
+    assert "head_dim" not in to_json(CONFIGS["qwen2"])
+    assert to_json(replace(CONFIGS["qwen2"], head_dim=8))["head_dim"] == 8
+    assert from_json(to_json(CONFIGS["qwen2"])) == CONFIGS["qwen2"]

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from runtime.memory import Config, overview
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -33,3 +35,8 @@ def test_the_first_code_block_has_two_commands():
     block = README.split("```bash\n")[1].split("```")[0]
     assert len(block.strip().splitlines()) == 2
     assert "python train_zero.py" in block and "python -m pytest" in block
+
+
+def test_the_table_of_hardware_is_what_the_planner_prints():
+    table = overview(Config(recompute=True)).split("\n\n")[0]
+    assert table in README

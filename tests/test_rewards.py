@@ -151,18 +151,17 @@ def test_a_hostile_response_earns_nothing(response):
 
 def test_an_answer_inside_the_reasoning_earns_nothing():
     assert extract_answer("<think> <answer>42</answer> \\boxed{42} </think>") is None
-    assert extract_answer("<answer>42</answer> </think> 41", think_in_prompt=True) is None
+    assert extract_answer("<think> <answer>42</answer> </think> 41") is None
 
 
 def test_reasoning_that_never_closes_has_no_answer():
     assert extract_answer("<think> \\boxed{42}") is None
-    assert extract_answer("\\boxed{42}", think_in_prompt=True) is None
-    assert extract_answer("\\boxed{42}", think_in_prompt=False) == "42"
+    assert extract_answer("\\boxed{42}") == "42"
 
 
-def test_a_reopened_reasoning_has_no_answer_when_the_prompt_opened_it():
-    assert extract_answer("a </think> <answer>42</answer>", think_in_prompt=True) == "42"
-    assert extract_answer("<think> a </think> <answer>42</answer>", think_in_prompt=True) is None
+def test_a_reopened_reasoning_has_no_answer():
+    assert extract_answer("<think> a </think> <answer>42</answer>") == "42"
+    assert extract_answer("<think>\n<think> a </think> <answer>42</answer>") is None
 
 
 @pytest.mark.parametrize(
@@ -549,13 +548,34 @@ def test_any_other_format_earns_nothing(response):
     assert format_reward(response) == 0.0
 
 
-def test_the_opening_tag_belongs_to_the_prompt_or_to_the_response_never_to_both():
-    opened_by_prompt = GOOD.removeprefix("<think>")
+def test_the_opening_tag_is_there_once():
+    """Written by the policy, or by R1's prompt and put before the output: never by both."""
     assert format_reward(GOOD) == 1.0
-    assert format_reward(opened_by_prompt) == 0.0
-    assert format_reward(opened_by_prompt, think_in_prompt=True) == 1.0
-    assert format_reward(GOOD, think_in_prompt=True) == 0.0
-    assert format_reward("</think> <answer> 42 </answer>", think_in_prompt=True) == 0.0
+    assert format_reward(GOOD.removeprefix("<think>")) == 0.0
+    assert format_reward("<think>\n" + GOOD) == 0.0
+    assert format_reward("<think>\n</think> <answer> 42 </answer>") == 0.0
+
+
+@pytest.mark.parametrize(
+    "response, value",
+    [
+        ("<think>\n6 x 7\n</think>\n\nIt is \\boxed{42}.", 1.0),
+        (GOOD, 0.0),  # tags that nobody asked for
+        ("<think>\n6 x 7\n</think>\n\n", 0.0),
+        ("<think>\n\n</think>\n\nIt is 42.", 0.0),
+        ("It is 42.", 0.0),
+        ("Well. <think> 6 x 7 </think> It is 42.", 0.0),
+        ("<think> 6 x 7 </think> It is </think> 42.", 0.0),
+        ("<think> 6 x 7", 0.0),
+    ],
+)
+def test_a_chat_template_asks_for_the_think_tags_alone(response, value):
+    assert format_reward(response, tags=False) == value
+    assert general_format_reward("hello !", tags=False) == 1.0
+    assert general_format_reward(response, tags=False) == (value or response == "It is 42.")
+    problem = Problem("6 x 7", "42")
+    right = accuracy_reward(response, "42")
+    assert rewards.rule_reward(problem, response, True, 0.5, tags=False) == right + 0.5 * value
 
 
 def test_a_wrong_answer_in_the_right_format_earns_only_the_format():
@@ -588,13 +608,12 @@ def test_the_language_reward_is_the_share_of_words(reasoning, english, chinese):
     response = f"<think>{reasoning}</think> <answer> 答案 mixed </answer>"
     assert language_reward(response, "en") == float(english)
     assert language_reward(response, "zh") == float(chinese)
-    assert language_reward(response[7:], "zh", think_in_prompt=True) == float(chinese)
 
 
 def test_without_tags_or_with_broken_ones_everything_is_reasoning():
     assert language_reward("the 答", "en") == 1 / 2
     assert language_reward("<think> the 答", "en") == 1 / 2
-    assert language_reward("the <answer> 答 </answer>", "en", think_in_prompt=True) == 1 / 2
+    assert language_reward("<think> the <answer> 答 </answer>", "en") == 1 / 2
     assert language_reward("<think> the </think> <think> 答 </think>", "en") == 1 / 2
     assert language_reward("</think> 答 <think> the", "en") == 1 / 2
 
@@ -703,13 +722,6 @@ def test_the_summary_is_what_stands_outside_of_the_reasoning(response, said):
     assert summary(response) == said
 
 
-def test_the_summary_of_an_output_that_starts_inside_the_reasoning():
-    """R1's chat template has opened it already."""
-    assert summary("take fire </think> sorry .", think_in_prompt=True) == "sorry ."
-    assert summary("sorry .", think_in_prompt=True) == ""
-    assert summary("<think> a </think> b", think_in_prompt=True) == ""
-
-
 @pytest.mark.parametrize(
     "response, value",
     [
@@ -727,11 +739,6 @@ def test_the_summary_of_an_output_that_starts_inside_the_reasoning():
 )
 def test_general_prompts_may_be_answered_with_or_without_reasoning_but_tidily(response, value):
     assert general_format_reward(response) == value
-
-
-def test_where_the_reasoning_is_opened_already_an_answer_is_not_plain():
-    assert general_format_reward("hello !", think_in_prompt=True) == 0
-    assert general_format_reward(GOOD.removeprefix("<think>"), think_in_prompt=True) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from data.packing import pack
 from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
+from runtime.configs import from_json
 from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.record import Recorded, Step
 from runtime.run import UserError, launch, parse
@@ -35,7 +36,7 @@ DEEPSEEK = Config.preset(
     max_position_embeddings=64, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12,
     n_group=4, topk_group=2, routed_scaling_factor=2.5,
 )  # fmt: skip
-QWEN = Config.from_dict(
+QWEN = from_json(
     dict(model_type="qwen2", vocab_size=V, hidden_size=16, intermediate_size=20,
          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
          max_position_embeddings=64)

@@ -810,12 +810,18 @@ PAIRS = [("compute 7 a +5 ?", "<think> first 7 a +5 = 2 . </think> <answer> 2 </
          ("hello !", "hello ! how can i help ?"), ("你 是 谁 ？", " 我 是 nano 。 ")]  # fmt: skip
 
 
+def in_template(template: str) -> Tokenizer:
+    tokenizer = copy.copy(WORDS)
+    tokenizer.template = template
+    return tokenizer
+
+
 def test_an_example_is_the_prompt_of_the_template_and_the_answer_with_its_stop():
     for template, prompt in (
         ("toy", "User: hello ! Assistant:"),
         ("r1-zero", "User: hello !. Assistant:"),
     ):
-        made = example(WORDS, "hello !", "  hi \n", template)
+        made = example(in_template(template), "hello !", "  hi \n")
         assert WORDS.decode(made.prompt).endswith(prompt)
         assert WORDS.decode(made.answer) == " hi<|end_of_text|>"
         assert made.answer[-1] == WORDS.eos_token_id
@@ -825,7 +831,7 @@ def test_an_example_is_the_prompt_of_the_template_and_the_answer_with_its_stop()
 def test_only_the_answers_are_learned_each_of_their_tokens_alike(row_tokens, micro_tokens):
     """The loss and its gradient, from the logits of each example alone."""
     model = talker()
-    batch = [example(WORDS, *pair, "toy") for pair in PAIRS]
+    batch = [example(WORDS, *pair) for pair in PAIRS]
     total, count = 0.0, 0
     for prompt, answer in batch:
         logits_TV = model(torch.tensor([prompt + answer]))[0]
@@ -848,7 +854,7 @@ def test_the_prompt_is_read_though_it_is_not_learned():
     model, losses = talker(), []
     for prompt in ("hello !", "你 好 ！"):
         learn = learn_answers(model, Tuning(row_tokens=64), 64)
-        losses.append(learn([], [example(WORDS, prompt, "hi", "toy")]).loss)
+        losses.append(learn([], [example(WORDS, prompt, "hi")]).loss)
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
@@ -999,7 +1005,7 @@ def every_third(problems, texts, finished) -> list[str]:
 
 def gather(run: Run, file, source=None, judge=every_third, questions=10, **changes):
     options = dict(questions=questions, samples=2, judge=judge, temperature=1.0, top_p=1.0,
-                   max_new_tokens=8, seed=5, template="toy", slots=4, chunk=4)  # fmt: skip
+                   max_new_tokens=8, seed=5, slots=4, chunk=4)  # fmt: skip
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=200))
     source = source or Listing()
     return collect(model, WORDS, source, file, run, **{**options, **changes})
@@ -1183,12 +1189,12 @@ def test_the_judge_says_right_where_yes_is_likelier_than_no(template):
                     bool(answer) and chance(model, text, " yes") > chance(model, text, " no")
                 )
             for at_once in (1, 3, 64):
-                found = judge_answers(model, WORDS, problems, answers, template, at_once)
+                found = judge_answers(model, in_template(template), problems, answers, at_once)
                 assert found == wanted, (seed, at_once)
             said |= set(wanted[:3])
     assert said == {True, False}
-    assert judge_answers(model, WORDS, problems[:2], [None, ""], template) == [False, False]
-    assert judge_answers(model, WORDS, [], [], template) == []
+    assert judge_answers(model, WORDS, problems[:2], [None, ""]) == [False, False]
+    assert judge_answers(model, WORDS, [], []) == []
 
 
 def test_the_log_probability_of_an_ending_is_the_sum_over_its_tokens():
@@ -1219,7 +1225,7 @@ def tune_and_collect(folder: str) -> None:
         pretend(patch, lambda prompt, row: ("so 1", "stop"))  # on question 3, which is 2 again
         gather(run, run.out / "twice.jsonl", Listing(twice=(3,)), questions=5)
         model = talker()
-        batch = [example(WORDS, *pair, "toy") for pair in PAIRS]
+        batch = [example(WORDS, *pair) for pair in PAIRS]
         learn = learn_answers(model, Tuning(row_tokens=64), 64)
         reports = [learn([torch.optim.SGD(model.parameters(), lr=1.0)], part)
                    for part in (batch, batch[:1])]  # fmt: skip

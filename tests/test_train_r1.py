@@ -131,7 +131,7 @@ def taught(path: Path, seed: int, steps: int) -> None:
             word = ("so", "所以")[(problem.language == "zh") ^ (rng.random() < 0.1)]
             digit = rng.randrange(10)
             said = f"<think> {word} {digit} </think> <answer> {digit} </answer>"
-            examples.append(sft.example(tokenizer, problem.question, said, "toy"))
+            examples.append(sft.example(tokenizer, problem.question, said))
         learn([optimizer], examples)
     save_pretrained(model, path, tokenizer_files=tokenizer.files())
 
@@ -364,7 +364,7 @@ def test_the_base_judges_where_no_rule_can(zero, tmp_path, monkeypatch):
     """Its word decides, and the same limits of what is readable."""
     asked = []
 
-    def judge_answers(model, tokenizer, problems, answers, template):
+    def judge_answers(model, tokenizer, problems, answers):
         asked.append((model, [problem.answer for problem in problems], answers))
         return [i % 2 == 0 for i in range(len(answers))]
 
