@@ -398,9 +398,10 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
             refresh=config.refresh, save_every=part, states=config.optimizer,
             offload=config.offload,
         )  # fmt: skip
+        reward = rule_reward(config, lab.tokenizer.tags)
         return grpo.reinforce(
-            policy, lab.tokenizer, draw, rule_reward(config, lab.tokenizer.tags), lambda done: settings(config),
-            course, lab.run, seed=config.seed + 2000,
+            policy, lab.tokenizer, draw, reward, lambda done: settings(config), course, lab.run,
+            seed=config.seed + 2000,
         )  # fmt: skip
 
     return lab.follow("rl", policy, learn_until, part=part, budget=budget)

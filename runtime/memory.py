@@ -304,10 +304,11 @@ def improvements(inputs: Inputs, sizes: Sizes) -> tuple[str, ...]:
 def table(plan: Plan) -> str:
     """The plan as text: GB by phase and kind, then what fits."""
     i, names = plan.inputs, list(plan.phases)
-    unit, name_of_unit = (GB, "GB") if plan.peak > GB / 2 else (GB / 1000, "MB")
+    unit, told, letter = (GB, "GB", "B") if plan.peak > GB / 2 else (GB / 1000, "MB", "M")
     states = "AdamW" if i.dtype == "float32" else f"states: {i.states}"
     lines = [
-        f"{plan.sizes.parameters / unit:.2f}{'B' if unit == GB else 'M'} parameters, {i.dtype}, {states}; {name_of_unit} on each GPU:",
+        f"{plan.sizes.parameters / unit:.2f}{letter} parameters, {i.dtype}, {states};"
+        f" {told} on each GPU:",
         " " * 12 + "".join(f"{name:>11}" for name in names),
     ]
     kinds = ("weights", "reference", "gradients", "optimizer", "activations", "cache", "working")

@@ -1,4 +1,7 @@
-"""Progress bars, and lines in their place where there is no terminal. It is no part of the method."""
+"""Progress bars, and lines in their place where there is no terminal.
+
+It is no part of the method.
+"""
 
 import sys
 import time

@@ -38,7 +38,8 @@ from sample import Output
 
 LETTERS = "$abcdefgh"  # token i is the i-th letter; $ ends an output, and 0 is what pads a row too
 TOKENIZER = SimpleNamespace(
-    stop_ids=(0,), template="toy", tags=True, decode=lambda tokens: "".join(LETTERS[token] for token in tokens)
+    stop_ids=(0,), template="toy", tags=True,
+    decode=lambda tokens: "".join(LETTERS[token] for token in tokens)
 )
 MOE = Config.preset(
     "toy", vocab_size=len(LETTERS), hidden_size=12, intermediate_size=16, num_hidden_layers=2,

@@ -166,7 +166,8 @@ def test_all_stages_run_on_a_downloaded_model(models, questions, tmp_path, coin)
         files += [f"--{name}", tmp_path / f"{name}.jsonl"]
     start(
         train_r1, "--preset", "paper", "--model", base, "--zero", tmp_path / "zero", "--data",
-        questions, "--test-data", questions, *files, *SMALL, *LEAN, "--out", tmp_path / "r1", "--cold-questions", 4,
+        questions, "--test-data", questions, *files,
+        *SMALL, *LEAN, "--out", tmp_path / "r1", "--cold-questions", 4,
         "--questions-sft", 4, "--samples", 2, "--steps", 1, "--final-steps", 2, "--row-tokens", 512,
         "--eval-requests", 2, "--template", "qwen",
     )  # fmt: skip
@@ -194,7 +195,8 @@ def test_r1_teaches_a_student_of_another_family(models, questions, tmp_path, coi
     monkeypatch.setattr(sft, "sft_step", sft_step)
     start(
         distill, "--preset", "llama-8b", "--teacher", models["deepseek_v3"], "--student",
-        models["llama"], "--data", questions, "--test-data", questions, "--out", tmp_path / "run", *SMALL, "--samples", 16,
+        models["llama"], "--data", questions, "--test-data", questions,
+        "--out", tmp_path / "run", *SMALL, "--samples", 16,
         "--per-question", 2, "--context", 256, "--epochs", 1, "--curve-problems", 2,
         "--curve-samples", 1, *LEAN, "--compare-rl", "--rollouts", 1, "--rl-cost", 0.01,
     )  # fmt: skip
