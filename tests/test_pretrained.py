@@ -320,7 +320,7 @@ for name, tensor in model.state_dict().items():
 assert spread > 20
 model.unshard()  # the parameters that were read are those that FSDP gathers
 assert torch.equal(model.lm_head.weight, alone.lm_head.weight)
-print("equal", parallel.rank())
+sys.stdout.write(f"equal {parallel.rank()}\\n")
 parallel.shutdown()
 """
 
@@ -336,7 +336,7 @@ def test_of_a_sharded_model_each_process_reads_its_part_only(tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n"))[-2:] == ["equal 0", "equal 1"]
+    assert sorted(done.stdout.split()) == ["0", "1", "equal", "equal"]
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -372,9 +372,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @linux
 def test_loading_does_not_hold_the_files_beside_the_model(tmp_path):
     config = from_json({**TINY_QWEN, "hidden_size": 1024, "intermediate_size": 8192,
-                               "num_hidden_layers": 4})  # fmt: skip
-    save_pretrained(Transformer(config), tmp_path)  # 0.4 GB
-    assert peak(tmp_path, 2**22) < 1.15
+                               "num_hidden_layers": 2})  # fmt: skip
+    save_pretrained(Transformer(config), tmp_path)  # 0.2 GB
+    assert peak(tmp_path, 2**22) < 1.25
     assert peak(tmp_path, 2**60) > 1.6  # so the remapping is what does it
 
 
