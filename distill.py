@@ -154,6 +154,10 @@ class Config:
                 f"--data {self.data} needs --student DIR: the base that this program pretrains"
                 " knows bilingual-chain only"
             )
+        if self.optimizer == "rounding" and self.dtype != "bfloat16":
+            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
+        if self.student in MODELS and self.dtype == "bfloat16":
+            raise UserError("--dtype bfloat16 needs --student DIR: a toy's is trained in float32")
         if self.template is not None:
             check_template(self.template)
         settings(self)  # and so does this for what concerns GRPO
@@ -287,6 +291,8 @@ def prepare(config: Config) -> Lab:
     test = source if config.test_data is None else load(config.test_data, all_held_out=True)
     held_out = test.held_out(config.eval_problems)
     rewards.need_rules([*held_out, *getattr(source, "train", [])])
+    for directory in {config.teacher, config.student} - set(MODELS):
+        Tokenizer.load(directory, config.template)  # refuses what can't be asked in this template
     run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
     return Lab(config, run, source, held_out)
 
@@ -303,6 +309,7 @@ def student(lab: Lab) -> Transformer | None:
         )  # fmt: skip
     else:
         model, lab.tokenizer = open_model(config.student, config.device, dtype, config.template)
+    if model is not None:
         model.recompute = config.recompute
     longest = max(config.max_new_tokens + 1, config.context)
     if model is not None and longest > model.config.max_position_embeddings:

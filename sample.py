@@ -361,6 +361,11 @@ def check_request(
             f"{max_new_tokens=}, {slots=}, {temperature=}, {top_p=}: need at least 1 new token,"
             " at least 1 slot, temperature >= 0 and 0 < top_p <= 1"
         )
+    if room < 1:
+        raise ValueError(
+            f"{max_new_tokens=} leaves no room for a prompt in the model's context of"
+            f" {model.config.max_position_embeddings}: fewer new tokens"
+        )
     for number, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= room:
             raise ValueError(
@@ -453,7 +458,14 @@ def open_model(
                 f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only"
                 f" {model.config.vocab_size}: they do not belong together"
             )
-        return model.to(usable_dtype(model.lm_head.weight.dtype, place)), tokenizer
+        stored = model.lm_head.weight.dtype
+        usable = usable_dtype(stored, place)
+        if dtype is not None and usable != dtype:
+            raise UserError(f"--dtype bfloat16: {place} has none; give --dtype float32")
+        if usable != stored:
+            for parameter in model.parameters():  # not .to(): routing biases stay in fp32
+                parameter.data = parameter.data.to(usable)
+        return model, tokenizer
     except ValueError as error:
         raise UserError(str(error)) from error
 

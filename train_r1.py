@@ -153,6 +153,8 @@ class Config:
                     f"--data {self.data} needs {', '.join(missing)} for --until {self.until}; or"
                     " stop before: --until dev2"
                 )
+        if self.optimizer == "rounding" and self.dtype != "bfloat16":
+            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
         if self.template is not None:
             check_template(self.template)
         settings(self, self.final_temperature)  # and so does this for what concerns GRPO
@@ -233,7 +235,8 @@ def prepare(config: Config) -> tuple[Generated | Listed, list[Problem]]:
         base = Path(config.model or zero / "base")
         if not base.is_dir():
             raise UserError(f"no base in {base}: give --model DIR, what the R1-Zero began as")
-        if not Tokenizer.load(base).same_tokens(Tokenizer.load(zero / "model")):
+        tokenizer = Tokenizer.load(zero / "model", config.template)
+        if not tokenizer.same_tokens(Tokenizer.load(base, config.template)):
             raise UserError(f"{base} and {zero / 'model'} have different tokenizers: give the base"
                             " that the R1-Zero began as")  # fmt: skip
     return source, held_out

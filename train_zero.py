@@ -43,7 +43,7 @@ from runtime.pretrained import save_pretrained
 from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device,
 )  # fmt: skip
-from sample import measure, open_model, table
+from sample import fitting_prompts, measure, open_model, table
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ class Config:
                 f"--raise-at {self.raise_at} needs --raised-max-new-tokens of at least"
                 f" {self.max_new_tokens}, not {self.raised_max_new_tokens}"
             )
+        if self.optimizer == "rounding" and self.dtype != "bfloat16":
+            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
+        if self.model is None and self.dtype == "bfloat16":
+            raise UserError(
+                "--dtype bfloat16 needs --model DIR: a toy's base is trained in float32"
+            )
         if self.template is not None:
             check_template(self.template)
         grpo_settings(self, done=0)  # and so does this for what concerns GRPO
@@ -173,18 +179,20 @@ PRESETS = {
 
 def main(config: Config) -> None:
     if config.dry_run:
-        return print(memory.table(memory.plan(footprint(config))))
+        return report_memory(config)
     source, held_out = questions(config)
     given = None
     if config.model:
         dtype = getattr(torch, config.dtype)
         given = open_model(config.model, config.device, dtype, config.template)
-        given[0].recompute = config.recompute
     check_context(config, given[0].config if given else ModelConfig.preset("toy"))
+    if given:
+        fitting_prompts(*given, held_out, config.max_new_tokens)  # refuses where none fits
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
     model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
+    model.recompute = config.recompute
     base = assess(model, tokenizer, held_out, config, run, "base")
     if not reinforce(model, tokenizer, source, config, run):
         return
@@ -193,17 +201,20 @@ def main(config: Config) -> None:
     report(base, zero, run)
 
 
-def footprint(config: Config) -> memory.Inputs:
-    """What decides the memory of a run, from the model's config.json alone."""
+def report_memory(config: Config) -> None:
+    """--dry-run: from the model's config.json alone."""
     model = memory.read_config(config.model) if config.model else ModelConfig.preset("toy")
+    check_context(config, model)
     longest = max(config.max_new_tokens, config.raised_max_new_tokens) + PROMPT_TOKENS
-    return memory.Inputs(
+    inputs = memory.Inputs(
         model, config.dtype, config.optimizer, reference=config.beta > 0,
         offload_reference=config.offload, offload_optimizer=config.offload,
         recompute=config.recompute, micro_tokens=config.micro_tokens,
         longest=min(longest, model.max_position_embeddings), slots=config.slots,
         gpus=parallel.world_size(), gpu_memory=config.gpu_memory or memory.device_memory(),
     )  # fmt: skip
+    if parallel.is_main():
+        print(memory.table(memory.plan(inputs)))
 
 
 def questions(config: Config) -> tuple[Generated | Listed, list[Problem]]:
@@ -316,4 +327,4 @@ def report(base: dict, zero: dict, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, parse(Config, PRESETS))
+    launch(main, parse(Config, PRESETS), user_errors=(ValueError,))

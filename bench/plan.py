@@ -311,7 +311,8 @@ def together(step: dict[str, float]) -> float:
 
 def rollout(run: Run) -> Phase:
     """As long as the work takes with all slots busy, and at least as long as the longest output
-    takes: one token after the other, beside as many others as are still written on average."""
+    takes: one token after the other, beside as many others as are still written on average. A
+    given speed is both's."""
     c, n = run.config, slots(run)
     rows, each = -(-c.outputs // c.gpus), 1 + c.accepted
     tokens = rows * c.mean_tokens
@@ -380,7 +381,8 @@ def head(run: Run) -> list[str]:
         f" {p.memory_rate / 1e12:g} TB/s; NVLink {p.nvlink / GB:g}, InfiniBand {p.ib / GB:g} GB/s"
         " each way, nominal",
         f"States over {c.gpus} GPUs, {f'experts over {run.ep}, ' if run.model.is_moe else ''}a long"
-        f" row over {run.cp}; a round of {c.outputs:,} outputs, {c.mean_tokens:,} tokens on average, at most {c.longest:,}",
+        f" row over {run.cp}; a round of {c.outputs:,} outputs of {c.mean_tokens:,} tokens on"
+        f" average, at most {c.longest:,}",
     ]
 
 
@@ -413,6 +415,12 @@ def time_table(run: Run) -> list[str]:
         lines.append(f"{p.name:<10}{p.seconds:9.1f}  {p.bound:<16}{rate:>10} |       {parts}")
     hours = c.rounds * total / 3600
     lines.append(f"{'a round':<10}{total:9.1f}")
+    alone = found[0].parts
+    work = max(alone["compute"], alone["memory"]) + alone["network"]
+    lines.append(
+        f"The longest output is written at {c.longest / alone['longest']:.1f} tokens/s; all of"
+        f" them, in full batches, would take {work:.0f} s."
+    )
     lines.append(f"{c.rounds} rounds: {hours:,.0f} hours, {hours * c.gpus:,.0f} GPU-hours")
     return lines
 

@@ -11,7 +11,7 @@ Check it: python -m pytest tests/test_problems.py tests/test_chat_templates.py
 import difflib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,19 @@ def check_template(template: str) -> None:
         near = difflib.get_close_matches(template, names, n=1, cutoff=0)[0]
         allowed = ", ".join(names)
         raise ValueError(f"unknown template {template!r}; one of: {allowed} (nearest: {near!r})")
+
+
+def check_tokens(template: str, special: Iterable[str]) -> None:
+    """ValueError for a chat template whose control tokens a tokenizer lacks."""
+    check_template(template)
+    if template in CHATS:
+        chat = CHATS[template]
+        needed = CONTROL.findall(chat.start + chat.user + chat.assistant)
+        if missing := [token for token in needed if token not in special]:
+            raise ValueError(
+                f"template {template!r} needs {missing[0]}, which the tokenizer lacks; a plain"
+                f" template, {' or '.join(TEMPLATES)}, needs none"
+            )
 
 
 def default_template(chat_template: str, eos: str) -> str:

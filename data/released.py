@@ -152,7 +152,10 @@ def read(directory: Path, template: str | None) -> dict:
 
 def ends_of(config: dict) -> list[int]:
     ends = config.get("eos_token_id")
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(type(end) is not int for end in ends):
+        raise ValueError(f"eos_token_id {ends}: not a whole number, nor a list of them")
+    return ends
 
 
 def read_chat_template(directory: Path, settings: dict) -> str:

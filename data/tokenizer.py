@@ -21,7 +21,7 @@ import tiktoken
 
 from data import chat, released
 from data.corpus import LABELS, THEN, WORDS
-from data.prompts import TEMPLATES, end_token
+from data.prompts import TEMPLATES, check_tokens, end_token
 from data.released import dump, read_json, read_ranks
 
 HERE = Path(__file__).parent
@@ -140,6 +140,10 @@ class Tokenizer:
             settings = json.loads(files.get("tokenizer_config.json", "{}"))
             settings["prompt_template"] = self.template
             files["tokenizer_config.json"] = dump(settings)
+            ends = json.loads(files.get("generation_config.json", "{}"))
+            if self.end_id not in (self.eos_token_id, *released.ends_of(ends)):
+                ends["eos_token_id"] = [*self.stop_ids]  # what the template ends an answer with
+                files["generation_config.json"] = dump(ends)
             return files
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
         settings = {
@@ -169,9 +173,14 @@ class Tokenizer:
         directory = Path(directory)
         if not any((directory / name).is_file() for name in released.KINDS):
             *names, last = released.KINDS
-            raise FileNotFoundError(f"{directory} has no {', '.join(names)} or {last}")
+            raise FileNotFoundError(
+                f"{directory} has no {', '.join(names)} or {last}: copy its tokenizer's files there"
+            )
         if not (directory / "tokenizer.tiktoken").is_file():
-            return cls(**released.read(directory, template))
+            found = cls(**released.read(directory, template))
+            if template:
+                check_tokens(template, found.special)
+            return found
         path = directory / "tokenizer_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{directory} has no {path.name}: not one saved by nanoR1")
@@ -181,6 +190,7 @@ class Tokenizer:
             template = template or settings["prompt_template"]
         except KeyError as error:
             raise ValueError(f"{path} can't be read: {error}") from None
+        check_tokens(template, special)
         return cls(read_ranks(directory / "tokenizer.tiktoken"), pattern, special, template)
 
 

@@ -56,7 +56,7 @@ def read_config(directory: Path) -> Config:
 def from_json(settings: dict) -> Config:
     """What a config.json says. Raises ValueError for what would be computed otherwise than here."""
     settings = {**settings}
-    family = settings.setdefault("model_type", "deepseek_v3")
+    family = settings.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not one of {', '.join(FAMILIES)}")
     for name, only in ONLY.items():
@@ -75,6 +75,7 @@ def from_json(settings: dict) -> Config:
     known = {each.name for each in fields(Config)} - {"extra"}
     ours = {key: value for key, value in settings.items() if key in known}
     written = {*known, *ONLY, "architectures", "dtype", "torch_dtype"}  # anew
+    written |= {"auto_map"}  # names code that stays behind
     extra = {key: value for key, value in settings.items() if key not in written}
     return Config(**{**FAMILIES[family], **ours}, extra=extra)
 
@@ -83,6 +84,8 @@ def rope_scaling(given: dict | None) -> dict | None:
     """With its kind under one name, "rope_type"; None for none. ValueError for an unknown one."""
     if not given:
         return None
+    if not isinstance(given, dict):
+        raise ValueError(f"rope_scaling {given!r}: not an object")
     kind = given.get("rope_type", given.get("type"))
     rest = {
         key: value
@@ -94,7 +97,8 @@ def rope_scaling(given: dict | None) -> dict | None:
     if kind not in ROPE_SCALING:
         raise ValueError(f"rope_scaling {given}: only {' and '.join(ROPE_SCALING)} are implemented")
     needed, optional = ROPE_SCALING[kind]
-    if not needed <= rest.keys() <= needed | optional:
+    together = ("mscale" in rest) == ("mscale_all_dim" in rest)  # readers differ where one is alone
+    if not (needed <= rest.keys() <= needed | optional and together):
         raise ValueError(
             f"rope_scaling {given}: {kind} needs {', '.join(sorted(needed))} and knows"
             f" {', '.join(sorted(optional)) or 'no more'}"

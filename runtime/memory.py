@@ -56,6 +56,16 @@ class Inputs:
     gpus: int = 1
     gpu_memory: float = 80.0  # GB
 
+    def __post_init__(self):
+        for name in ("micro_tokens", "longest", "slots", "gpus", "gpu_memory"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} {getattr(self, name)}: more than 0")
+        if self.dtype not in ("float32", "bfloat16") or self.states not in ("master", "rounding"):
+            raise UserError(
+                f"dtype {self.dtype}, states {self.states}: the planner knows float32 and bfloat16,"
+                " master and rounding"
+            )
+
     @property
     def bytes(self) -> int:
         """Of a weight."""
@@ -82,7 +92,7 @@ class Sizes:
 
     parameters: int  # without multi-token prediction, as models are named
     trained: int  # the same: RL gives that layer no gradient
-    stored: int  # all, with the routers' biases
+    stored: int  # with the routers' biases
     matrix: int  # the largest of a block
 
 
@@ -114,11 +124,11 @@ class Plan:
 
 def count(config: ModelConfig) -> Sizes:
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(replace(config, num_nextn_predict_layers=0))  # as the recipes load it
     buffers = sum(buffer.numel() for buffer in model.buffers())
     matrix = max(p.numel() for p in model.model.layers.parameters())
     parameters = model.num_parameters()
-    return Sizes(parameters, parameters, model.num_parameters(mtp=True) + buffers, matrix)
+    return Sizes(parameters, parameters, parameters + buffers, matrix)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------
@@ -237,12 +247,7 @@ def phases(inputs: Inputs, sizes: Sizes) -> dict[str, dict[str, int]]:
 
 def plan(inputs: Inputs) -> Plan:
     """The memory of a run, the most that fits, and what would help where not even the least does.
-    Nothing is allocated. ValueError for settings that don't exist."""
-    if inputs.dtype not in ("float32", "bfloat16") or inputs.states not in ("master", "rounding"):
-        raise ValueError(
-            f"dtype={inputs.dtype!r}, states={inputs.states!r}: float32 or bfloat16, and master or"
-            " rounding"
-        )
+    Nothing is allocated."""
     sizes, room = count(inputs.model), inputs.gpu_memory * GB
 
     def fit(names: tuple[str, ...], **changes: int) -> bool:
@@ -277,9 +282,10 @@ def least(inputs: Inputs, sizes: Sizes) -> int:
 
 def improvements(inputs: Inputs, sizes: Sizes) -> tuple[str, ...]:
     """What each setting that is not used would save, and all of them."""
+    rounding = "--dtype bfloat16 " * (inputs.dtype == "float32") + "--optimizer rounding"
     changes = {
-        "--dtype bfloat16": dict(dtype="bfloat16"),
-        "--optimizer rounding": dict(dtype="bfloat16", states="rounding"),
+        "--dtype bfloat16": dict(dtype="bfloat16", states="master"),
+        rounding: dict(dtype="bfloat16", states="rounding"),
         "--offload": dict(offload_reference=True, offload_optimizer=True),
         "--recompute": dict(recompute=True),
     }

@@ -161,8 +161,7 @@ def load_pretrained(
         stored.leave_out(mtp_layer(config))
     if not any(name.startswith(mtp_layer(config)) for name in stored.shapes):
         config = replace(config, num_nextn_predict_layers=0)
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(config)
+    model = without_memory(config, path)
     stored.check(model)
     if shard is not None:
         shard(model)
@@ -185,8 +184,21 @@ def find_model(path: str | Path) -> Path:
     if not found.exists() and _old(found).exists():
         found = _old(found)  # a save was killed between its two renames
     if not found.is_dir():
-        raise UserError(f"no model at {path}: give a directory with config.json and *.safetensors")
+        name = str(path)
+        hint = f"; `hf download {name} --local-dir DIR` fetches it" if name.count("/") == 1 else ""
+        raise UserError(
+            f"no model at {name}: give a directory with config.json and *.safetensors{hint}"
+        )
     return found
+
+
+def without_memory(config: Config, path: Path) -> Transformer:
+    """The model with shapes alone. Raises UserError where the config's numbers make none."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path / 'config.json'}: no model has such sizes ({error})") from error
 
 
 class Stored:
@@ -227,7 +239,13 @@ class Stored:
         if self.mapped != file or self.seen >= self.REMAP:
             self.source, self.seen = None, 0  # the former is unmapped here
             if not file.exists():
-                raise UserError(f"no {file.name} in {self.path}; copy or download it again")
+                old = any(self.path.glob("*.bin"))
+                fix = (
+                    "*.bin is not read: take its safetensors"
+                    if old
+                    else "copy or download it again"
+                )
+                raise UserError(f"no {file.name} in {self.path}; {fix}")
             try:
                 self.mapped, self.source = file, safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:

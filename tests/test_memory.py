@@ -48,7 +48,7 @@ def test_deepseek_v3_is_the_preset_and_has_a_prediction_layer_that_rl_does_not_t
     sizes = count(config)
     # The model card: 685B on the hub, of which 14B are the prediction module with its embedding
     # and head, copies of the main ones (1.85B), that are not made here.
-    assert sizes.stored - sizes.trained == pytest.approx(14e9 - 1.85e9, rel=0.06)
+    assert sizes.stored - sizes.trained == 58 * 256  # the routers' biases
 
 
 # --- what is exact
@@ -78,7 +78,7 @@ def forward(model: Transformer, tokens_BT: torch.Tensor) -> torch.Tensor:
     ("float32", "master"), ("bfloat16", "master"), ("bfloat16", "rounding"),
 ])  # fmt: skip
 def test_weights_gradients_states_and_cache_have_the_bytes_of_real_tensors(config, dtype, states):
-    model, optimizer = trained(config, dtype, states)
+    model, optimizer = trained(replace(config, num_nextn_predict_layers=0), dtype, states)
     inputs = Inputs(config, dtype, states, slots=3, longest=100)
     found = phases(inputs, count(config))
     kept = [*model.parameters(), *model.buffers()]
@@ -215,7 +215,8 @@ def test_what_does_not_fit_is_told_with_what_would_help():
     assert found.missing == plan(small).peak - 80 * GB > 0
     names = [line.split(":")[0] for line in found.advice]
     # In fp32 the step needs more than the backward pass: recomputing would save nothing.
-    assert names == ["--dtype bfloat16", "--optimizer rounding", "--offload", "all of them"]
+    rounding = "--dtype bfloat16 --optimizer rounding"
+    assert names == ["--dtype bfloat16", rounding, "--offload", "all of them"]
     of_bf16 = [line.split(":")[0] for line in plan(SEVEN).advice]
     assert of_bf16 == ["--optimizer rounding", "--offload", "--recompute", "all of them"]
     assert found.advice[-1].endswith("fits")
@@ -248,11 +249,14 @@ def test_nothing_is_allocated(monkeypatch):
     plan(replace(SEVEN, model=from_json(PUBLISHED["deepseek-v3"])))
 
 
-def test_settings_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="float16"):
-        plan(replace(SEVEN, dtype="float16"))
-    with pytest.raises(ValueError, match="fp8"):
-        plan(replace(SEVEN, states="fp8"))
+@pytest.mark.parametrize("change", [
+    dict(dtype="float16"), dict(states="fp8"), dict(slots=-1), dict(gpus=0), dict(gpu_memory=-4.0),
+    dict(micro_tokens=0), dict(longest=0),
+])  # fmt: skip
+def test_settings_that_do_not_exist_are_refused(change):
+    [value] = change.values()
+    with pytest.raises(UserError, match=str(value)):
+        replace(SEVEN, **change)
 
 
 # --- the command

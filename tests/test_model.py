@@ -983,3 +983,39 @@ def test_config_json_has_no_head_dim_where_none_is_given():
     assert "head_dim" not in to_json(CONFIGS["qwen2"])
     assert to_json(replace(CONFIGS["qwen2"], head_dim=8))["head_dim"] == 8
     assert from_json(to_json(CONFIGS["qwen2"])) == CONFIGS["qwen2"]
+
+
+def random_routes(config: Config, rows: int, length: int) -> torch.Tensor:
+    """Some experts for each token, and here and there the router's own choice."""
+    shape = (rows, length, config.num_moe_layers, config.n_routed_experts)
+    order = torch.rand(shape, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    routes_BTMA = order[..., : config.num_experts_per_tok].to(torch.int16)
+    routes_BTMA[:, 4:7] = -1
+    return routes_BTMA
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("name", ["toy", "toy-student"])
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less(name, replayed):
+    config = Config.preset(name, initializer_range=0.1)
+    tokens_BT = torch.arange(60).view(2, 30) % config.vocab_size
+    positions_BT = torch.cat([torch.arange(18), torch.arange(12)]).expand(2, 30)
+    routes_BTMA = random_routes(config, 2, 30) if replayed and config.is_moe else None
+    found, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(5)
+        model = Transformer(config)
+        model.recompute = recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            logprobs_N, entropy_N, _, _ = model.logprobs(
+                tokens_BT, positions_BT, positions_BT > 0, routes_BTMA=routes_BTMA
+            )
+        kept.append(sum(sizes))
+        (logprobs_N.sum() + 0.1 * entropy_N.sum()).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+    assert kept[1] < kept[0] / 2

@@ -76,6 +76,17 @@ def test_a_training_token_of_deepseek_v3_is_250_gflop():
     assert flops == 6 * (37_552_282_624 - 129280 * 7168) + attention
 
 
+def test_in_decoding_a_head_reads_a_latent_twice_and_a_rotated_key():
+    run = planned()
+    added = forward_flops(run, 1000, decode=True) - forward_flops(run, 0, decode=True)
+    assert added == 2 * 61 * 128 * (512 + 64 + 512) * 1000
+
+
+def test_tokens_of_outputs_of_one_length_see_half_of_it():
+    assert planned(mean_tokens=4000, longest=4000, prompt_tokens=100).context == 100 + 2000
+    assert planned(mean_tokens=4000, longest=40000, prompt_tokens=100).context == 100 + 4000
+
+
 def test_caches_have_their_published_bytes_a_token():
     # 2505.09343, the table of cache sizes: 70.272, 327.680 and 516.096 KB.
     dense = PUBLISHED["llama-3.3-70b"]
@@ -267,6 +278,14 @@ def test_an_update_moves_weights_twice_and_gradients_once_for_each_micro_batch()
 def test_without_a_reference_there_is_no_pass_and_no_memory_for_it():
     run = planned(reference=False)
     assert "reference" not in seconds(run) and "reference" not in memory(run)
+
+
+def test_weights_and_states_go_to_the_cpu_and_back_once_a_round():
+    weights = phases(planned(**QWEN_7B))[-1]  # 12 bytes of states, 4 of two models, by PCIe
+    away = 16 * sizes("qwen2.5-7b").total / 8
+    assert weights.parts["host"] == pytest.approx(2 * away / (0.8 * 64e9))
+    assert weights.moved["weights"] == 2 * sizes("qwen2.5-7b").total * 7 / 8
+    assert weights.bound == "host"
 
 
 # --- to read

@@ -2,10 +2,12 @@
 tokenizer.json, from the first command to a model that transformers reads again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import distill
 import sample
@@ -29,6 +31,7 @@ CONTROLS = {
     ],
 }  # fmt: skip
 TEMPLATES = {"qwen2": "r1-zero", "llama": "llama3", "deepseek_v3": "deepseek-r1"}
+BIAS = torch.tensor([6.001, 6.012, 6.0203, 6.031])
 R1_CHAT = "{{bos_token}}... {{'<｜Assistant｜><think>\\n'}}"
 
 
@@ -64,6 +67,13 @@ def downloaded(family: str, directory: Path) -> Path:
     config = getattr(transformers, f"{name}Config")(**common)
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)
     model.save_pretrained(directory)
+    if family == "deepseek_v3":  # released routing biases are in fp32, and need it
+        stored = load_file(directory / "model.safetensors")
+        stored |= {name: BIAS.clone() for name in stored if name.endswith("correction_bias")}
+        save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((directory / "config.json").read_text())
+        settings["auto_map"] = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+        (directory / "config.json").write_text(json.dumps(settings))
     return directory
 
 
@@ -111,6 +121,12 @@ def is_read_by_transformers(directory: Path) -> None:
         expected = theirs(tokens).logits
         found = load_pretrained(directory, dtype=torch.float32)(tokens)
     assert float((found - expected).abs().max() / expected.std()) < 1e-4
+    assert "auto_map" not in (directory / "config.json").read_text()
+    ends = theirs.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert Tokenizer.load(directory).end_id in ends
+    for name, bias in load_file(directory / "model.safetensors").items():
+        assert not name.endswith("correction_bias") or torch.equal(bias, BIAS)
     text = "what is 3 + 4 ? <think> seven 七 </think>"
     spoken = transformers.AutoTokenizer.from_pretrained(directory)
     assert spoken.encode(text, add_special_tokens=False) == Tokenizer.load(directory).encode(text)
@@ -145,6 +161,60 @@ def test_zero_trains_a_downloaded_model_and_saves_one(models, questions, tmp_pat
     ]
     assert len(moved) > 10
     assert Tokenizer.load(out / "model").template == TEMPLATES[family]
+
+
+def refused(capsys, module, *flags) -> str:
+    """The one line that a command ends with, and its exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        start(module, *flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
+def test_what_cannot_work_leaves_no_run_behind(models, questions, tmp_path, capsys):
+    out = tmp_path / "run"
+    source = ["--preset", "gsm8k", "--data", questions, "--test-data", questions, "--out", out]
+    zero = [*source, "--model", models["qwen2"]]
+    cases = [
+        (zero, ["--template", "llama3"], "needs <|begin_of_text|>"),
+        (zero, ["--template", "lama3"], "nearest: 'llama3'"),
+        (zero, ["--optimizer", "rounding"], "--optimizer rounding is for --dtype bfloat16"),
+        (zero, ["--max-new-tokens", 1020], "a context of 1024"),
+        (source, ["--model", "Qwen/Qwen2.5-1.5B"], "hf download Qwen/Qwen2.5-1.5B"),
+        (
+            zero,
+            ["--dry-run", "--dtype", "float64", "--max-new-tokens", 64],
+            "knows float32 and bfloat16",
+        ),
+    ]
+    for flags, wrong, told in cases:
+        assert told in refused(capsys, train_zero, *flags, *wrong)
+        assert not out.exists()
+    teach = ["--preset", "qwen-1.5b", "--teacher", models["deepseek_v3"], "--data", questions]
+    teach += ["--student", models["qwen2"], "--test-data", questions, "--out", out]
+    assert "needs <|begin_of_text|>" in refused(capsys, distill, *teach, "--template", "llama3")
+    assert not out.exists()
+    told = refused(capsys, sample, "--model", models["qwen2"], "--template", "moonlight")
+    assert "which the tokenizer lacks" in told
+
+
+def test_pytorchs_own_files_are_not_read_and_that_is_said(models, tmp_path, capsys):
+    shutil.copytree(models["qwen2"], tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    assert "*.bin is not read" in refused(capsys, sample, "--model", tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 0}, {"hidden_size": -5}, {"model_type": None},
+               {"rope_scaling": "x"}],
+)  # fmt: skip
+def test_a_config_that_makes_no_model_is_named(models, tmp_path, capsys, change):
+    shutil.copytree(models["qwen2"], tmp_path / "odd")
+    settings = json.loads((models["qwen2"] / "config.json").read_text())
+    settings.pop("rope_parameters")
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**settings, **change}))
+    assert "config.json" in refused(capsys, sample, "--model", tmp_path / "odd")
 
 
 def test_all_stages_run_on_a_downloaded_model(models, questions, tmp_path, coin):
@@ -242,8 +312,6 @@ def test_a_conversation_is_remembered_in_a_chat_only(models, monkeypatch, capsys
 
 
 def test_a_tokenizer_of_another_model_is_refused(models, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(models["qwen2"], tmp_path / "mixed")
     config = json.loads((tmp_path / "mixed" / "config.json").read_text())
     model = load_pretrained(models["qwen2"])
@@ -264,10 +332,11 @@ def test_a_dry_run_reads_the_config_alone_and_leaves_nothing(models, tmp_path, c
     config = (models["qwen2"] / "config.json").read_text()
     (tmp_path / "model" / "config.json").write_text(config)
     monkeypatch.chdir(tmp_path)
-    start(train_zero, "--preset", "gsm8k", "--model", tmp_path / "model", "--dry-run")
+    start(train_zero, "--preset", "gsm8k", "--model", tmp_path / "model", "--dry-run",
+          "--max-new-tokens", 64)  # fmt: skip
     said = capsys.readouterr().out
     assert "It fits 80 GB" in said and "optimizer" in said
     start(train_zero, "--model", "qwen2.5-7b", "--preset", "gsm8k", "--dry-run", "--gpu-memory", 24)
     said = capsys.readouterr().out
-    assert "does not fit 24 GB" in said and "--optimizer rounding" in said
+    assert "does not fit 24 GB" in said and "--dtype bfloat16 --optimizer rounding" in said
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
