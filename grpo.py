@@ -35,7 +35,6 @@ Choices where the paper is silent or says two things:
 Read next: train_zero.py.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -52,6 +51,7 @@ from model import Transformer
 from runtime import parallel
 from runtime.optimizer import adamw, away, visiting
 from runtime.run import Run, check_finite, progress
+from runtime.sharding import in_step, twin
 from sample import Output, average, fitting_prompts, generate, judge, spell
 from sft import set_rates, update
 
@@ -309,16 +309,17 @@ def reference_logprobs(reference: Transformer, batch: Rollout, settings: Setting
     """Of every output's tokens under the reference model, a tensor for each output. Replayed routes
     are replayed in the reference too."""
     device, found = reference.lm_head.weight.device, []
-    for first in range(0, len(batch.outputs), 256):  # a rollout may be larger than the device
-        chosen = range(first, min(first + 256, len(batch.outputs)))
-        laid = lay_out(batch, chosen, settings, device)
-        parts = laid.micro_batches(settings.micro_tokens)
-        temperature = settings.temperature
-        logprobs_N = torch.cat([part.logprobs(reference, temperature)[0] for part, _ in parts])
-        lengths = [len(batch.outputs[o].tokens) for o in chosen]
-        table_OT = logprobs_N.new_zeros(len(lengths), max(lengths))
-        table_OT[laid.output_N, laid.place_N] = logprobs_N
-        found += [row[:length].cpu() for row, length in zip(table_OT, lengths)]
+    with in_step(reference):
+        for first in range(0, len(batch.outputs), 256):  # a rollout may be larger than the device
+            chosen = range(first, min(first + 256, len(batch.outputs)))
+            laid = lay_out(batch, chosen, settings, device)
+            parts = laid.micro_batches(settings.micro_tokens)
+            temperature = settings.temperature
+            logprobs_N = torch.cat([part.logprobs(reference, temperature)[0] for part, _ in parts])
+            lengths = [len(batch.outputs[o].tokens) for o in chosen]
+            table_OT = logprobs_N.new_zeros(len(lengths), max(lengths))
+            table_OT[laid.output_N, laid.place_N] = logprobs_N
+            found += [row[:length].cpu() for row, length in zip(table_OT, lengths)]
     return found
 
 
@@ -335,31 +336,42 @@ def step(
         lengths_O, settings.aggregation, outputs=outputs, tokens=tokens,
         longest=settings.max_new_tokens,
     )  # fmt: skip
-    sums = Counter(loss=0.0, clip_fraction=0.0, kl=0.0, entropy=0.0, mismatch=0.0)
-    if chosen:
-        weight = model.lm_head.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        laid = lay_out(batch, chosen, settings, weight.device)
-        drawn = [torch.tensor(batch.outputs[o].logprobs, dtype=torch.float64) for o in chosen]
-        old_N = laid.pick(drawn, dtype)
-        ref_N = laid.pick([batch.ref_logprobs[o] for o in chosen], dtype) if settings.beta else None
-        advantages_N = batch.advantages_PG.flatten()[chosen].to(weight.device, dtype)[laid.output_N]
-        weights_N = weights_O.to(weight.device, dtype)[laid.output_N]
-        for part, n in laid.micro_batches(settings.micro_tokens):
-            logprobs_N, entropy_N = part.logprobs(model, settings.temperature)
-            loss, stats = grpo_loss(
-                logprobs_N, old_N[n], None if ref_N is None else ref_N[n], advantages_N[n],
-                weights_N[n], part.output_N, eps=settings.eps, eps_high=settings.eps_high,
-                beta=settings.beta, ratio=settings.ratio,
-            )  # fmt: skip
-            loss.backward()
-            mismatch = (logprobs_N.detach() - old_N[n]).abs().sum()
-            stats |= dict(loss=loss.detach(), entropy=entropy_N.sum(), mismatch=mismatch)
-            sums.update({key: float(value) for key, value in stats.items()})
+    with in_step(model):
+        sums = accumulate(model, batch, chosen, weights_O, settings)
     grad_norm = update(model, [optimizer], settings.max_grad_norm)
     totals = {key: float(parallel.all_sum(value)) for key, value in sums.items()}
     means = {key: totals[key] / max(1, tokens) for key in totals if key != "loss"}
     return dict(loss=totals["loss"], **means, grad_norm=grad_norm, tokens_trained=tokens)
+
+
+def accumulate(
+    model: Transformer, batch: Rollout, chosen: list[int], weights_O: Tensor, settings: Settings
+) -> Counter:  # fmt: skip
+    """The gradient of the loss over the chosen outputs, which may be none; sums over their tokens
+    of what `step` reports."""
+    sums = Counter(loss=0.0, clip_fraction=0.0, kl=0.0, entropy=0.0, mismatch=0.0)
+    if not chosen:
+        return sums
+    weight = model.lm_head.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    laid = lay_out(batch, chosen, settings, weight.device)
+    drawn = [torch.tensor(batch.outputs[o].logprobs, dtype=torch.float64) for o in chosen]
+    old_N = laid.pick(drawn, dtype)
+    ref_N = laid.pick([batch.ref_logprobs[o] for o in chosen], dtype) if settings.beta else None
+    advantages_N = batch.advantages_PG.flatten()[chosen].to(weight.device, dtype)[laid.output_N]
+    weights_N = weights_O.to(weight.device, dtype)[laid.output_N]
+    for part, n in laid.micro_batches(settings.micro_tokens):
+        logprobs_N, entropy_N = part.logprobs(model, settings.temperature)
+        loss, stats = grpo_loss(
+            logprobs_N, old_N[n], None if ref_N is None else ref_N[n], advantages_N[n],
+            weights_N[n], part.output_N, eps=settings.eps, eps_high=settings.eps_high,
+            beta=settings.beta, ratio=settings.ratio,
+        )  # fmt: skip
+        loss.backward()
+        mismatch = (logprobs_N.detach() - old_N[n]).abs().sum()
+        stats |= dict(loss=loss.detach(), entropy=entropy_N.sum(), mismatch=mismatch)
+        sums.update({key: float(value) for key, value in stats.items()})
+    return sums
 
 
 def members(batch: Rollout, settings: Settings, minibatch: int, minibatches: int) -> list[int]:
@@ -398,7 +410,7 @@ def reinforce(
     draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
     """
     device = policy.lm_head.weight.device
-    reference = copy.deepcopy(policy) if settings(0).beta else None
+    reference = twin(policy) if settings(0).beta else None
     if reference is not None and course.offload:
         reference.cpu()
     optimizer = adamw(policy.parameters(), course.lr, course.states, seed)

@@ -23,6 +23,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import fmean as mean
@@ -45,6 +46,7 @@ from runtime.pages import Pages
 from runtime.pretrained import find_model, load_pretrained
 from runtime.record import Captured, Recorded, Step
 from runtime.run import Run, UserError, flag, launch, parse, pick_device, progress, usable_dtype
+from runtime.sharding import gathered, repeatable, shard
 
 
 @dataclass
@@ -120,12 +122,14 @@ class Slots:
             shape = (width, config.num_moe_layers, config.num_experts_per_tok)
             self.routes_BSMA = zeros(*shape, dtype=torch.int16).fill_(-1)
         self.stop_s = torch.tensor(list(stop), dtype=torch.long, device=device)
-        self.step = Step(model, routes) if pages.on_gpu else Recorded.of(model, routes)
+        fixed = repeatable(model)
+        self.record = pages.on_gpu and fixed
+        on_cpu = fixed and not pages.on_gpu
+        self.step = Recorded.of(model, routes) if on_cpu else Step(model, routes)
         self.capture()
 
     def capture(self) -> None:
-        on_gpu = self.pages.on_gpu
-        self.draw, self.feed = Captured(self._draw, on_gpu), Captured(self._feed, on_gpu)
+        self.draw, self.feed = (Captured(f, self.record) for f in (self._draw, self._feed))
 
     def places(self) -> list[int]:
         return [slot for slot, request in enumerate(self.request) if request < 0]
@@ -272,33 +276,34 @@ def generate(
     Raises ValueError for an empty prompt, one too long for the model, or settings out of range.
     """
     check_request(model, prompts, max_new_tokens, temperature, top_p, slots)
-    if not prompts:
-        return []
-    outputs: list[Output | None] = [None] * len(prompts)
-    queue = Queue(model, prompts, range(len(prompts)) if rows is None else rows, seed)
-    width = max(map(len, prompts)) + max_new_tokens
-    pages = Pages(model, min(slots, len(prompts)), width, page, cache_tokens)
-    state = Slots(
-        model, pages, width, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
-        routes=routes,
-    )  # fmt: skip
-    while True:
-        queue.fill(state)
-        if not queue.waiting and not state.active():
-            return outputs
-        while not queue.waiting and len(state.active()) <= state.count // 2:
-            state.shrink()
-        state.draw()
-        status = state.status_B.tolist()
-        for slot in state.active():
-            request = state.request[slot]
-            if on_token is not None:
-                on_token(request, int(state.last_B[slot]))
-            if status[slot]:
-                outputs[request] = state.take(slot, "stop" if status[slot] == 1 else "length")
-                if on_finish is not None:
-                    on_finish(request, outputs[request])
-        queue.put_back(state.advance())
+    with gathered(model):  # on a rank without prompts too
+        if not prompts:
+            return []
+        outputs: list[Output | None] = [None] * len(prompts)
+        queue = Queue(model, prompts, range(len(prompts)) if rows is None else rows, seed)
+        width = max(map(len, prompts)) + max_new_tokens
+        pages = Pages(model, min(slots, len(prompts)), width, page, cache_tokens)
+        state = Slots(
+            model, pages, width, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
+            routes=routes,
+        )  # fmt: skip
+        while True:
+            queue.fill(state)
+            if not queue.waiting and not state.active():
+                return outputs
+            while not queue.waiting and len(state.active()) <= state.count // 2:
+                state.shrink()
+            state.draw()
+            status = state.status_B.tolist()
+            for slot in state.active():
+                request = state.request[slot]
+                if on_token is not None:
+                    on_token(request, int(state.last_B[slot]))
+                if status[slot]:
+                    outputs[request] = state.take(slot, "stop" if status[slot] == 1 else "length")
+                    if on_finish is not None:
+                        on_finish(request, outputs[request])
+            queue.put_back(state.advance())
 
 
 class Queue:
@@ -444,15 +449,18 @@ def measure(
 
 
 def open_model(
-    directory: str | Path, device: str, dtype: torch.dtype | None, template: str | None = None
-) -> tuple[Transformer, Tokenizer]:
+    directory: str | Path, device: str, dtype: torch.dtype | None, template: str | None = None,
+    ep: int = 0,
+) -> tuple[Transformer, Tokenizer]:  # fmt: skip
     """A model directory: in the dtype given (None: as stored), wherever it can be used, and with
     another prompt template than its own, where one is given. Without the multi-token prediction
-    layer, which neither the sampler nor RL uses: what is saved after training has none."""
+    layer, which neither the sampler nor RL uses: what is saved after training has none. ep: how it
+    is spread over the processes (runtime/sharding.py)."""
     place, directory = pick_device(device), find_model(directory)
     try:
         tokenizer = Tokenizer.load(directory, template)
-        model = load_pretrained(directory, dtype=dtype, device=place, mtp=False)
+        spread = partial(shard, ep=ep, device=place)
+        model = load_pretrained(directory, dtype=dtype, device=place, mtp=False, shard=spread)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only"
@@ -599,11 +607,14 @@ class Config:
         None, "of the weights; none: as stored"
     )
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
+    ep: int = flag(
+        0, "spread the weights over the processes, the experts over so many; 0: all on each"
+    )
 
 
 def main(config: Config) -> None:
     dtype = config.dtype and getattr(torch, config.dtype)
-    model, tokenizer = open_model(config.model, config.device, dtype, config.template)
+    model, tokenizer = open_model(config.model, config.device, dtype, config.template, config.ep)
     if config.data is not None:
         problems = load(config.data, all_held_out=True).held_out(config.limit)
         rewards.need_rules(problems)

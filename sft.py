@@ -46,6 +46,7 @@ from runtime import parallel
 from runtime.optimizer import adamw
 from runtime.pretrained import load_pretrained, save_pretrained
 from runtime.run import Run, UserError, check_finite, progress, write_file
+from runtime.sharding import clip_grad_norm, in_step
 from sample import fitting_prompts, generate, spell
 
 T = TypeVar("T")
@@ -137,15 +138,16 @@ def sft_step(
     report.loads = [
         torch.zeros(model.config.n_routed_experts) for _ in range(model.config.num_moe_layers)
     ]
-    for start in range(0, len(mask_BT), objective.rows):
-        rows = slice(start, start + objective.rows)
-        loss, routings = sft_loss(
-            model, batch[rows], mask_BT[rows], report.tokens, objective, documents
-        )
-        loss.backward()
-        report.loss += float(loss.detach())
-        for load_E, routing in zip(report.loads, routings):
-            load_E += expert_load(routing, batch.positions_BT[rows])
+    with in_step(model, mtp=objective.mtp_weight > 0):
+        for start in range(0, len(mask_BT), objective.rows):
+            rows = slice(start, start + objective.rows)
+            loss, routings = sft_loss(
+                model, batch[rows], mask_BT[rows], report.tokens, objective, documents
+            )
+            loss.backward()
+            report.loss += float(loss.detach())
+            for load_E, routing in zip(report.loads, routings):
+                load_E += expert_load(routing, batch.positions_BT[rows])
     report.loss = float(parallel.all_sum(report.loss))
     report.grad_norm = update(model, optimizers, objective.max_grad_norm)
     if objective.bias_step and math.isfinite(report.grad_norm):
@@ -160,7 +162,7 @@ def update(
 
     A norm that is not finite leaves the weights as they are."""
     parallel.sum_gradients(model)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    norm = clip_grad_norm(list(model.parameters()), max_grad_norm)
     if math.isfinite(norm):
         for optimizer in optimizers:
             optimizer.step()

@@ -43,6 +43,7 @@ from runtime.pretrained import save_pretrained
 from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device,
 )  # fmt: skip
+from runtime.sharding import shard
 from sample import fitting_prompts, measure, open_model, table
 
 
@@ -107,6 +108,9 @@ class Config:
     )
     recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
     offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
+    ep: int = flag(
+        0, "spread the weights over the processes, the experts over so many; 0: all on each"
+    )
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
     resume: bool = flag(False, "continue the run in --out")
     dry_run: bool = flag(False, "print what memory this takes and what fits, and stop")
@@ -122,6 +126,8 @@ class Config:
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 f" knows {' and '.join(CORPORA)} only"
             )
+        if self.ep and self.offload:
+            raise UserError("--ep and --offload: give one of them; a spread model stays in place")
         if self.minibatches > self.questions:
             raise UserError(
                 f"--minibatches {self.minibatches}: at most --questions, {self.questions}"
@@ -184,7 +190,7 @@ def main(config: Config) -> None:
     given = None
     if config.model:
         dtype = getattr(torch, config.dtype)
-        given = open_model(config.model, config.device, dtype, config.template)
+        given = open_model(config.model, config.device, dtype, config.template, config.ep)
     check_context(config, given[0].config if given else ModelConfig.preset("toy"))
     if given:
         fitting_prompts(*given, held_out, config.max_new_tokens)  # refuses where none fits
@@ -193,6 +199,8 @@ def main(config: Config) -> None:
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
     model.recompute = config.recompute
+    if not given:
+        shard(model, config.ep, pick_device(config.device))
     base = assess(model, tokenizer, held_out, config, run, "base")
     if not reinforce(model, tokenizer, source, config, run):
         return

@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from runtime import parallel
 from runtime.flags import UserError
@@ -101,7 +102,10 @@ def load_state(directory: str | Path, step: int, state: dict[str, Any]) -> dict[
         _check_same(path, present, tensors)
         for name, meta in tensors.items():
             like = present.get(name, torch.empty(0))
-            tensors[name] = torch.empty_like(meta, device=like.device)
+            if isinstance(like, DTensor):  # this rank's part of it
+                tensors[name] = torch.empty_like(like, dtype=meta.dtype)
+            else:
+                tensors[name] = torch.empty_like(meta, device=like.device)
         tensors = _read(path, tensors)
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
@@ -127,6 +131,8 @@ def _take_tensors(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         assert path not in tensors, f"two tensors are called {path}"
         tensors[path] = tree.detach()
+        if isinstance(tree, DTensor):  # which is of these processes: another run may have others
+            return torch.empty(tree.shape, dtype=tree.dtype, device="meta")
         return torch.empty_like(tree, device="meta")
     if isinstance(tree, dict):
         return {key: _take_tensors(value, f"{path}/{key}", tensors) for key, value in tree.items()}

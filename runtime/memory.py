@@ -298,8 +298,8 @@ def improvements(inputs: Inputs, sizes: Sizes) -> tuple[str, ...]:
             lines.append(f"{name}: {(before - after) / GB:.1f} GB less, {rest}")
     if least(replace(inputs, **everything), sizes) > room:
         lines.append(
-            "a smaller model, or a larger GPU: each GPU holds the whole model (more of them don't"
-            " help: that needs sharding, which is not there yet)"
+            "a smaller model, or a larger GPU: here each GPU holds the whole model; --ep (sharding)"
+            " spreads it over several, which this plan does not count"
         )
     return tuple(lines)
 

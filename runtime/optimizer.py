@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from runtime import parallel
 
 SLICE = 2**22  # numbers of a parameter that are updated at a time: no fp32 copy of all exists
 STATES = {"master": ("master", "exp_avg", "exp_avg_sq"), "rounding": ("exp_avg", "exp_avg_sq")}
@@ -58,7 +61,11 @@ class AdamW(torch.optim.Optimizer):
                     f"a parameter is {p.dtype} with strides {p.stride()}: this AdamW takes"
                     " contiguous bfloat16 only; torch.optim.AdamW is for float32"
                 )
-            if states == "master":
+            if states == "master" and isinstance(p, DTensor):
+                # FSDP hands over a gradient in bf16, and adds the next one to what is there.
+                p.grad_dtype = None
+                p.register_post_accumulate_grad_hook(_to_float32)
+            elif states == "master":
                 p.grad_dtype = torch.float32
 
     def parameters(self) -> list[Tensor]:
@@ -76,10 +83,12 @@ class AdamW(torch.optim.Optimizer):
                 if not state:
                     self._begin(p, state)
                 state["step"] += 1
-                noise = self._noise(state["step"], number[p], p.device)
-                flat = {name: state[name].view(-1) for name in STATES[self.states]}
-                whole = dict(weight=p.view(-1), grad=p.grad.reshape(-1), **flat)
-                for first in range(0, p.numel(), SLICE):
+                part = parallel.rank() if isinstance(p, DTensor) else 0
+                noise = self._noise(state["step"], number[p], part, p.device)
+                whole = dict(weight=p, grad=p.grad.contiguous())
+                whole |= {name: state[name] for name in STATES[self.states]}
+                whole = {k: parallel.local(x).view(-1) for k, x in whole.items()}
+                for first in range(0, len(whole["weight"]), SLICE):
                     part = {k: x[first : first + SLICE] for k, x in whole.items()}
                     update = update_master if self.states == "master" else update_rounding
                     update(**part, step=state["step"], group=group, noise=noise)
@@ -92,10 +101,13 @@ class AdamW(torch.optim.Optimizer):
         if self.states == "master":
             state["master"].copy_(p)
 
-    def _noise(self, step: int, number: int, device: torch.device) -> torch.Generator:
+    def _noise(
+        self, step: int, number: int, part: int, device: torch.device
+    ) -> torch.Generator:  # fmt: skip
         """A function of (seed, step, number of the parameter), as every random number here, so that
-        a resumed run rounds as an uninterrupted one, and all ranks alike."""
-        told = f"{self.seed} {step} {number}".encode()
+        a resumed run rounds as an uninterrupted one, and all ranks alike; of the rank too where it
+        holds a part of its own."""
+        told = f"{self.seed} {step} {number}{f' {part}' * (part > 0)}".encode()
         digest = hashlib.blake2b(told, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
@@ -115,6 +127,11 @@ class AdamW(torch.optim.Optimizer):
                 key: value.to(p.device) if isinstance(value, Tensor) else value
                 for key, value in saved.items()
             }
+
+
+def _to_float32(p: Tensor) -> None:
+    if p.grad.dtype != torch.float32:
+        p.grad = p.grad.float()
 
 
 def adam(

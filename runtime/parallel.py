@@ -1,10 +1,10 @@
 """Data parallel under torchrun: each helper is the identity on one process.
 
-Every rank holds the whole model and works on its share of the batch. The recipes call these helpers
-without asking how many processes there are; with checkpoint.py this is the only file that knows
-torch.distributed. It is no part of the method.
+Every rank holds the whole model and works on its share of the batch (sharding.py spreads the model
+as well). The recipes call these helpers without asking how many processes there are; only files in
+runtime/ know torch.distributed. It is no part of the method.
 
-Read next: checkpoint.py.
+Read next: sharding.py.
 
     torchrun --nproc_per_node=2 train_zero.py
 """
@@ -98,6 +98,16 @@ def like(local: Tensor, tensor: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank holds a part; all ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def all_sum(value: T) -> T:
     """The sum over ranks of a number, or of a tensor (the given one is left as it is)."""
     if world_size() == 1:
@@ -118,11 +128,12 @@ def sum_gradients(model: nn.Module) -> None:
     A sum and not a mean: each rank's loss is weighted by counts over the whole batch, so its
     gradient is a share of the batch's, and the shares add up to the same update on any number of
     ranks. And not DistributedDataParallel: to call a method of the model past that wrapper skips
-    the reduction without a word.
+    the reduction without a word. The gradients of a model that is spread (sharding.py) are summed
+    already.
     """
     if world_size() == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     # A parameter that no rank used keeps no gradient, as on one process: a zero one would make
     # the optimizer decay it.
     used = all_sum(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32))

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,26 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Official name -> tensor, for all that a checkpoint of the model holds."""
-    found = {}
-    for name, tensor in own_tensors(model).items():
-        names = official(name, tensor)
-        found.update(zip(names, [tensor] if names == [name] else tensor))
+def each_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Official name and tensor, for all that a checkpoint of the model holds. Where each rank has a
+    part of the model, all go through it together."""
     state = model.state_dict()
-    return found | {copy: state[name] for copy, name in mtp_copies(model.config).items()}
+    copies = {copy: state[name] for copy, name in mtp_copies(model.config).items()}
+    for name, tensor in (own_tensors(model) | copies).items():
+        tensor = parallel.whole(tensor)
+        names = official(name, tensor)
+        yield from zip(names, [tensor] if names == [name] else tensor)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(each_tensor(model))
 
 
 def save_pretrained(
     model: nn.Module, path: str | Path, *, tokenizer_files: dict[str, bytes] = {}
 ) -> None:
-    """Write a model directory; one that is there is replaced once the new one is complete."""
+    """Write a model directory; one that is there is replaced once the new one is complete. All
+    ranks call it, and rank 0 writes."""
     path = Path(path).absolute()
     if parallel.is_main():
         if path.exists() and not (path.is_dir() and _replaceable(path)):
@@ -96,6 +102,9 @@ def save_pretrained(
             path.rename(old)
         new.rename(path)
         shutil.rmtree(old, ignore_errors=True)
+    else:
+        for _ in each_tensor(model):  # gives rank 0 its part
+            pass
     parallel.barrier()
 
 
@@ -117,23 +126,20 @@ def _sync(path: Path) -> None:
 
 
 def _write_model(model: nn.Module, directory: Path, tokenizer_files: dict[str, bytes]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = total = 0
-    copies = mtp_copies(model.config)
-    for name, tensor in stored_tensors(model).items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.clone() if name in copies else tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
+    shards: list[list[str]] = []  # the names in each file
+    total = 0
+    for i, shard in enumerate(_shards(model)):
+        save_file(shard, directory / f"{i}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # before the next one is gathered
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    for file, shard in zip(files, shards):
-        save_file(shard, directory / file, metadata={"format": "pt"})
+    for i, file in enumerate(files):
+        os.rename(directory / f"{i}", directory / file)
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(files, shards) for name in shard}
+        where = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
@@ -141,6 +147,19 @@ def _write_model(model: nn.Module, directory: Path, tokenizer_files: dict[str, b
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name, content in tokenizer_files.items():
         (directory / name).write_bytes(content)
+
+
+def _shards(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one file after the other."""
+    shard: dict[str, Tensor] = {}
+    copies, size = mtp_copies(model.config), 0
+    for name, tensor in each_tensor(model):
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.clone() if name in copies else tensor.contiguous()
+        size += tensor.nbytes
+    yield shard
 
 
 def load_pretrained(
@@ -164,7 +183,8 @@ def load_pretrained(
     model = without_memory(config, path)
     stored.check(model)
     if shard is not None:
-        shard(model)
+        # In its dtype, which decides in what gradients are summed.
+        shard(model.to(dtype or TYPES[stored.types["model.embed_tokens.weight"]]))
     state, total = {}, sum(map(math.prod, stored.shapes.values()))
     with progress(total, "load", show=total > 10**9) as bar:
         for name, meta in own_tensors(model).items():
@@ -306,7 +326,9 @@ class Stored:
 
     def _copy(self, name: str, region: Region, out: Tensor) -> None:
         """Copy a part of a stored tensor, as many rows at a time as are worth one mapping."""
-        rows = max(1, self.REMAP // max(1, out[0].nbytes) // SIDE) * SIDE
+        if out.numel() == 0:  # a tensor may have fewer rows than there are ranks
+            return
+        rows = max(1, self.REMAP // out[0].nbytes // SIDE) * SIDE
         first, *rest = region
         for piece, start in zip(out.split(rows), range(first.start, first.stop, rows)):
             part = (slice(start, start + len(piece)), *rest)

@@ -36,12 +36,13 @@ from runtime.launch import (
     Diverged, ask_to_stop, check_finite, launch, pick_device, stop, usable_dtype,
 )  # fmt: skip
 from runtime.progress import progress
+from runtime.sharding import begin
 
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
            "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
 
 # On --resume.
-FREE_TO_CHANGE = ("out", "resume", "device", "threads", "recompute", "offload", "dry_run",
+FREE_TO_CHANGE = ("out", "resume", "device", "threads", "ep", "recompute", "offload", "dry_run",
                   "gpu_memory")  # fmt: skip
 
 
@@ -218,6 +219,9 @@ class Run:
         directory = self.checkpoints(phase)
         done = latest(directory) or 0
         if done:
+            for part in parts.values():
+                if isinstance(part, torch.optim.Optimizer):
+                    begin(part)
             saved = {name: part.state_dict() for name, part in parts.items()}
             for name, state in load_state(directory, done, saved).items():
                 parts[name].load_state_dict(state)
