@@ -43,7 +43,7 @@ from runtime.pretrained import save_pretrained
 from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device,
 )  # fmt: skip
-from runtime.sharding import shard
+from runtime.sharding import check_grid, shard
 from sample import fitting_prompts, measure, open_model, table
 
 
@@ -191,7 +191,9 @@ def main(config: Config) -> None:
     if config.model:
         dtype = getattr(torch, config.dtype)
         given = open_model(config.model, config.device, dtype, config.template, config.ep)
-    check_context(config, given[0].config if given else ModelConfig.preset("toy"))
+    shape = given[0].config if given else ModelConfig.preset("toy")
+    check_context(config, shape)
+    check_grid(shape, config.ep)
     if given:
         fitting_prompts(*given, held_out, config.max_new_tokens)  # refuses where none fits
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)

@@ -36,7 +36,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import kernels
-from model import Experts, Transformer
+from model import Config, Experts, Transformer
 from runtime import parallel
 from runtime.flags import UserError
 
@@ -77,7 +77,7 @@ def shard(model: Transformer, ep: int = 1, device: torch.device | str = "cpu") -
     ep: how many ranks share the experts out; 0: nothing is spread. Raises UserError where ranks,
     experts and ep don't fit.
     """
-    check_grid(model, ep)
+    check_grid(model.config, ep)
     if parallel.world_size() == 1 or ep == 0:
         return model
     spread = Spread(torch.device(device).type, *meshes(torch.device(device).type, ep))
@@ -102,14 +102,15 @@ def shard(model: Transformer, ep: int = 1, device: torch.device | str = "cpu") -
     return model
 
 
-def check_grid(model: Transformer, ep: int) -> None:
-    world, experts = parallel.world_size(), model.config.n_routed_experts
+def check_grid(config: Config, ep: int) -> None:
+    """Raises UserError where the model can't be spread so over these processes."""
+    world, experts = parallel.world_size(), config.n_routed_experts
     if ep < 0 or ep > 0 and world % ep:
         raise UserError(f"--ep {ep}: must divide the number of processes, {world}")
     if ep > 1 and (experts is None or experts % ep):
         has = "is dense" if experts is None else f"has {experts} experts"
         raise UserError(f"--ep {ep}: must divide the number of experts, and the model {has}")
-    sizes = model.config.moe_intermediate_size, model.config.hidden_size
+    sizes = config.moe_intermediate_size, config.hidden_size
     if ep > 1 and any(size % (world // ep) for size in sizes):
         raise UserError(
             f"--ep {ep} leaves {world // ep} processes to cut each expert, whose sizes"

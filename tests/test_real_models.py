@@ -188,6 +188,10 @@ def test_what_cannot_work_leaves_no_run_behind(models, questions, tmp_path, caps
             "knows float32 and bfloat16",
         ),
     ]
+    cases += [
+        (zero, ["--ep", 2], "number of processes, 1"),
+        (["--out", out], ["--ep", 2], "--ep 2"),
+    ]
     for flags, wrong, told in cases:
         assert told in refused(capsys, train_zero, *flags, *wrong)
         assert not out.exists()
