@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -49,6 +48,7 @@ from data.tokenizer import Tokenizer
 from model import PRESETS as MODELS
 from model import Transformer
 from runtime import parallel
+from runtime.flags import Machine
 from runtime.plot import draw_distillation
 from runtime.pretrained import save_pretrained
 from runtime.run import Run, UserError, flag, launch, parse, pick_device
@@ -73,7 +73,7 @@ PAPER = dict(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machine):
     teacher: str = flag("runs/r1/r1", "directory of the model that writes the dataset")
     student: str = flag("toy-student", "directory of the base, or a preset of model.py to pretrain")
     data: str = flag("bilingual-chain", "questions: bilingual-chain or a JSONL file")
@@ -117,23 +117,9 @@ class Config:
     curve_samples: int = flag(4, "outputs for each of them")
     points: int = flag(8, "of the distilled student's curve, which is also how often it is saved")
     rollouts: int = flag(3, "between two points of the curve of RL, and two of its checkpoints")
-    # The machine.
-    slots: int = flag(256, "outputs written at the same time; fewer need less memory")
-    micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
-    device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64", "bfloat16"] = flag(
-        "float32", "of the weights that are trained"
-    )
-    optimizer: Literal["master", "rounding"] = flag(
-        "master",
-        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
-        " bf16 with stochastic rounding (8)",
-    )
-    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
-    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
-    threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
@@ -154,8 +140,6 @@ class Config:
                 f"--data {self.data} needs --student DIR: the base that this program pretrains"
                 " knows bilingual-chain only"
             )
-        if self.optimizer == "rounding" and self.dtype != "bfloat16":
-            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
         if self.student in MODELS and self.dtype == "bfloat16":
             raise UserError("--dtype bfloat16 needs --student DIR: a toy's is trained in float32")
         if self.template is not None:
@@ -165,8 +149,7 @@ class Config:
 
 COUNTS = ("pretrain_steps", "samples", "per_question", "epochs", "batch", "context", "questions",
           "minibatches", "refresh", "eval_problems", "eval_samples", "curve_problems",
-          "curve_samples", "points", "rollouts", "max_new_tokens", "slots",
-          "micro_tokens")  # fmt: skip
+          "curve_samples", "points", "rollouts", "max_new_tokens")  # fmt: skip
 CHUNK = 256  # questions that are sampled, and paid, at a time
 MAY_CHANGE = ("compare_rl", "slots", "micro_tokens")
 PRESETS = {

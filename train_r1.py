@@ -48,6 +48,7 @@ from data.tokenizer import Tokenizer
 from model import Transformer
 from rewards import RewardModel
 from runtime import parallel
+from runtime.flags import Machine
 from runtime.pretrained import save_pretrained
 from runtime.run import Run, UserError, flag, launch, parse, run_command
 from sample import generate, measure, open_model, spell
@@ -57,7 +58,7 @@ REWARD_MODELS = ("helpful", "harmless")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machine):
     zero: str = flag("runs/zero-bilingual", "directory of the R1-Zero run; the toy's is made")
     model: str | None = flag(None, "directory of the base (default: base/ in --zero)")
     data: str = flag("bilingual-chain", "reasoning questions: bilingual-chain or a JSONL file")
@@ -114,24 +115,11 @@ class Config:
     eval_problems: int = flag(150, "held-out reasoning problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
     eval_requests: int = flag(600, "held-out general requests")
-    # The machine.
     save_every: int = flag(20, "updates between checkpoints")
-    slots: int = flag(256, "outputs written at the same time; fewer need less memory")
-    micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
-    device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64", "bfloat16"] = flag(
-        "float32", "of the weights that are trained"
-    )
-    optimizer: Literal["master", "rounding"] = flag(
-        "master",
-        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
-        " bf16 with stochastic rounding (8)",
-    )
-    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
-    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
-    threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
 
     def __post_init__(self):
+        super().__post_init__()
+
         def refuse(name: str, allowed: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {allowed}")
 
@@ -153,8 +141,6 @@ class Config:
                     f"--data {self.data} needs {', '.join(missing)} for --until {self.until}; or"
                     " stop before: --until dev2"
                 )
-        if self.optimizer == "rounding" and self.dtype != "bfloat16":
-            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
         if self.template is not None:
             check_template(self.template)
         settings(self, self.final_temperature)  # and so does this for what concerns GRPO
@@ -168,7 +154,7 @@ COUNTS = ("cold_questions", "cold_examples", "questions_sft", "judged_questions"
           "general_examples", "samples", "row_tokens",
           "epochs", "batch", "steps", "final_steps", "questions", "minibatches", "refresh",
           "max_new_tokens", "preference_rows", "reward_batch", "eval_problems", "eval_samples",
-          "eval_requests", "save_every", "slots", "micro_tokens")  # fmt: skip
+          "eval_requests", "save_every")  # fmt: skip
 MAY_CHANGE = ("until", "save_every", "slots", "micro_tokens")
 PRESETS = {
     "toy": {},

@@ -38,6 +38,7 @@ from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
 from model import Transformer
 from runtime import memory, parallel
+from runtime.flags import Machine
 from runtime.plot import draw_curve
 from runtime.pretrained import save_pretrained
 from runtime.run import (
@@ -48,7 +49,7 @@ from sample import fitting_prompts, measure, open_model, table
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Machine):
     model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
     data: str = flag(
         "calc-chain", "questions: calc-chain, bilingual-chain, countdown or a JSONL file"
@@ -93,30 +94,13 @@ class Config:
     # Evaluation.
     eval_problems: int = flag(225, "held-out problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
-    # The machine.
     save_every: int = flag(20, "updates between checkpoints")
-    slots: int = flag(256, "outputs written at the same time; fewer need less memory")
-    micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
-    device: str = flag("auto", "cpu, cuda or auto")
-    dtype: Literal["float32", "float64", "bfloat16"] = flag(
-        "float32", "of the weights that are trained"
-    )
-    optimizer: Literal["master", "rounding"] = flag(
-        "master",
-        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
-        " bf16 with stochastic rounding (8)",
-    )
-    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
-    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
-    ep: int = flag(
-        0, "spread the weights over the processes, the experts over so many; 0: all on each"
-    )
-    threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
     resume: bool = flag(False, "continue the run in --out")
     dry_run: bool = flag(False, "print what memory this takes and what fits, and stop")
     gpu_memory: float = flag(0.0, "GB of a GPU, for --dry-run; 0: that of the GPU at hand, or 80")
 
     def __post_init__(self):
+        super().__post_init__()
         for name in COUNTS:
             if getattr(self, name) < 1:
                 flag_name = name.replace("_", "-")
@@ -126,8 +110,6 @@ class Config:
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 f" knows {' and '.join(CORPORA)} only"
             )
-        if self.ep and self.offload:
-            raise UserError("--ep and --offload: give one of them; a spread model stays in place")
         if self.minibatches > self.questions:
             raise UserError(
                 f"--minibatches {self.minibatches}: at most --questions, {self.questions}"
@@ -137,8 +119,6 @@ class Config:
                 f"--raise-at {self.raise_at} needs --raised-max-new-tokens of at least"
                 f" {self.max_new_tokens}, not {self.raised_max_new_tokens}"
             )
-        if self.optimizer == "rounding" and self.dtype != "bfloat16":
-            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
         if self.model is None and self.dtype == "bfloat16":
             raise UserError(
                 "--dtype bfloat16 needs --model DIR: a toy's base is trained in float32"
@@ -152,7 +132,7 @@ CORPORA = {"calc-chain": Mix(), "bilingual-chain": BILINGUAL}  # what a toy base
 PROMPT_TOKENS = 512  # of the longest question, for --dry-run
 MAY_CHANGE = ("steps", "save_every", "force", "slots", "micro_tokens")  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
-          "max_new_tokens", "steps", "pretrain_steps", "slots", "micro_tokens")  # fmt: skip
+          "max_new_tokens", "steps", "pretrain_steps")  # fmt: skip
 REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=400, refresh=100,
             eval_samples=4)  # fmt: skip
 PRESETS = {

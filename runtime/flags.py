@@ -7,12 +7,14 @@
     config = parse(Config, {"toy": {}, "gsm8k": {"group_size": 64}})
 
 gives `--group-size`, and `--preset` chooses among the named sets of overrides; a flag wins over the
-preset. It is no part of the method. Read next: run.py.
+preset. `Machine` has the flags that the recipes share. It is no part of the method. Read next:
+run.py.
 """
 
 import argparse
 import dataclasses
 import difflib
+import inspect
 import os
 import sys
 import types
@@ -32,6 +34,44 @@ def flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a recipe runs on, and how: none of it is the method, and most may change on resuming."""
+
+    slots: int = flag(256, "outputs written at the same time; fewer need less memory")
+    micro_tokens: int = flag(4096, "tokens of a micro-batch; fewer need less memory")
+    device: str = flag("auto", "cpu, cuda or auto")
+    dtype: Literal["float32", "float64", "bfloat16"] = flag(
+        "float32", "of the weights that are trained"
+    )
+    optimizer: Literal["master", "rounding"] = flag(
+        "master",
+        "for bfloat16: states and a copy of the weights in fp32 (18 bytes a parameter), or all in"
+        " bf16 with stochastic rounding (8)",
+    )
+    recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
+    offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
+    ep: int = flag(
+        0, "spread the weights over the processes, the experts over so many; 0: all on each"
+    )
+    threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
+    timeout: float = flag(
+        1800.0, "seconds that a process waits for the others before it takes them for lost"
+    )
+
+    def __post_init__(self):
+        for name in ("slots", "micro_tokens"):
+            if getattr(self, name) < 1:
+                flag_name = name.replace("_", "-")
+                raise UserError(f"--{flag_name} {getattr(self, name)}: at least 1")
+        if self.timeout <= 0:
+            raise UserError(f"--timeout {self.timeout}: more than 0")
+        if self.optimizer == "rounding" and self.dtype != "bfloat16":
+            raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
+        if self.ep and self.offload:
+            raise UserError("--ep and --offload: give one of them; a spread model stays in place")
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -46,7 +86,8 @@ def parse(config_class: type[C], presets: dict[str, dict], argv: Sequence[str] |
     if presets:
         defaults |= _preset(parser, presets, argv)
     names = ["--help", "--preset"]
-    for field in dataclasses.fields(config_class):
+    own = inspect.get_annotations(config_class)  # a recipe's before those that it inherits
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         names += _add_flag(parser, field, get_type_hints(config_class)[field.name], defaults)
     given, unknown = parser.parse_known_args(argv)
     if unknown:

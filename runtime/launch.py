@@ -113,7 +113,8 @@ def _prepare(config: Any) -> None:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-    parallel.init(pick_device(getattr(config, "device", "cpu")))
+    timeout = getattr(config, "timeout", parallel.TIMEOUT)
+    parallel.init(pick_device(getattr(config, "device", "cpu")), timeout)
 
 
 def _fail(error: Exception | str, code: int) -> None:

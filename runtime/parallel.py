@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 # A rank that fails ends its process, and torchrun then ends the others. The timeout is for what
 # torchrun cannot see, a rank that is alive and never comes.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = 1800.0  # seconds
 BUCKET = 2**26  # numbers whose sum over ranks is taken at once: gradients are copied for it
 
 
-def init(device: torch.device | str = "cpu") -> None:
+def init(device: torch.device | str = "cpu", timeout: float = TIMEOUT) -> None:
     """Join the process group when torchrun started this process; otherwise do nothing."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
-    device = torch.device(device)
+    device, wait = torch.device(device), timedelta(seconds=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # gloo as well: counts, flags and Python objects are summed and gathered on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=wait)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=wait)
 
 
 def shutdown() -> None:

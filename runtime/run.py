@@ -43,7 +43,7 @@ __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "pa
 
 # On --resume.
 FREE_TO_CHANGE = ("out", "resume", "device", "threads", "ep", "recompute", "offload", "dry_run",
-                  "gpu_memory")  # fmt: skip
+                  "gpu_memory", "timeout")  # fmt: skip
 
 
 def write_file(path: Path, content: bytes) -> None:
