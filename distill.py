@@ -46,12 +46,15 @@ from data.problems import Generated, Listed, Problem, load
 from data.prompts import check_template
 from data.tokenizer import Tokenizer
 from model import PRESETS as MODELS
+from model import Config as ModelConfig
 from model import Transformer
 from runtime import parallel
+from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.plot import draw_distillation
 from runtime.pretrained import save_pretrained
 from runtime.run import Run, UserError, flag, launch, parse, pick_device
+from runtime.sharding import check_grid, shard
 from sample import evaluate, measure, open_model, table
 
 # R1, the table of the distilled models: the base of each student, and its highest learning rate.
@@ -254,8 +257,29 @@ def main(config: Config) -> None:
             if not done:
                 return
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
-        lab.assess(name, open_model(directory, config.device, getattr(torch, config.dtype))[0])
+        lab.assess(name, opened(directory, config, config.dtype)[0])
     report(lab)
+
+
+def opened(place: str | Path, config: Config, dtype: str | None, template: str | None = None):
+    """A model in this dtype (None: as stored), spread as --ep and --tp say, and its tokenizer."""
+    dtype, shape = dtype and getattr(torch, dtype), read_config(Path(place))
+    ep, tp = ep_of(config, shape), tp_of(config, shape)
+    return open_model(place, config.device, dtype, template, ep, config.optimizer, tp)
+
+
+def ep_of(config: Config, shape: ModelConfig) -> int | None:
+    """--ep for a model: a dense one, such as most students, has no experts to share out."""
+    return 1 if config.ep and not shape.is_moe else config.ep
+
+
+def tp_of(config: Config, shape: ModelConfig) -> int:
+    """--tp for a model: one with experts, such as most teachers, is not cut."""
+    return 0 if shape.is_moe else config.tp
+
+
+def shape_of(place: str) -> ModelConfig:
+    return ModelConfig.preset(place) if place in MODELS else read_config(Path(place))
 
 
 def prepare(config: Config) -> Lab:
@@ -276,22 +300,31 @@ def prepare(config: Config) -> Lab:
     rewards.need_rules([*held_out, *getattr(source, "train", [])])
     for directory in {config.teacher, config.student} - set(MODELS):
         Tokenizer.load(directory, config.template)  # refuses what can't be asked in this template
+    shapes = [shape_of(config.teacher), shape_of(config.student)]
+    for shape in shapes:
+        some, all_ = (test(shape.is_moe for shape in shapes) for test in (any, all))
+        ep = ep_of(config, shape) if some else config.ep
+        check_grid(shape, ep, config.tp if all_ else tp_of(config, shape))
     run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
     return Lab(config, run, source, held_out)
 
 
 def student(lab: Lab) -> Transformer | None:
     """The base, as it was before any of this; a toy's is pretrained when first asked for."""
-    config, dtype = lab.config, getattr(torch, lab.config.dtype)
+    config = lab.config
     if config.student in MODELS:
         lab.tokenizer = Tokenizer.load(config.teacher, config.template)
         # Not held to being competent: that so small a base is not is what this is about.
         model = sft.pretrain_toy(
             lab.tokenizer, lab.run, seed=config.seed, steps=config.pretrain_steps, force=True,
-            device=pick_device(config.device), dtype=dtype, mix=BILINGUAL, preset=config.student,
+            device=pick_device(config.device), dtype=getattr(torch, config.dtype), mix=BILINGUAL,
+            preset=config.student,
         )  # fmt: skip
+        if model is not None:
+            ep, tp = ep_of(config, model.config), tp_of(config, model.config)
+            shard(model, ep, pick_device(config.device), config.optimizer, tp)
     else:
-        model, lab.tokenizer = open_model(config.student, config.device, dtype, config.template)
+        model, lab.tokenizer = opened(config.student, config, config.dtype, config.template)
     if model is not None:
         model.recompute = config.recompute
     longest = max(config.max_new_tokens + 1, config.context)
@@ -310,7 +343,7 @@ def student(lab: Lab) -> Transformer | None:
 def dataset(lab: Lab) -> list[dict] | None:
     """What the teacher wrote that is right and readable (R1 2.3.3), as rows of dataset.jsonl."""
     config = lab.config
-    teacher, tokenizer = open_model(config.teacher, config.device, None, config.template)
+    teacher, tokenizer = opened(config.teacher, config, None, config.template)
     file = lab.run.out / "dataset.jsonl"
     lab.assess("teacher", teacher, tokenizer)
     readable = sft.Readable(config.least_consistency, config.longest_paragraph, tags=tokenizer.tags)

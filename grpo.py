@@ -49,13 +49,16 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
+from runtime.balance import Lengths
 from runtime.optimizer import adamw, away, visiting
 from runtime.run import Run, check_finite, progress
 from runtime.sharding import in_step, twin
+from runtime.spool import Spool
 from sample import Output, average, fitting_prompts, generate, judge, spell
 from sft import set_rates, update
 
-# reward(problems, texts, which of them ended by themselves) -> a number for each output
+# reward(problems, texts, which of them ended by themselves) -> a number for each output. One that
+# has a method begin(problem, text, ended) is told of each output when it is written.
 Reward = Callable[[list[Problem], list[str], list[bool]], list[float]]
 
 
@@ -66,7 +69,7 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
     that are almost always, or almost never, solved.
     """
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    if not normalize_std:
+    if not normalize_std or not len(rewards_PG):  # a process may have none of the questions
         return centred_PG
     # R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)
     std_P1 = rewards_PG.std(1, keepdim=True, correction=0)
@@ -171,12 +174,17 @@ class Settings:
 
 @dataclass
 class Questions:
-    """What this process asks in one rollout: its share of the batch, each question with its number
-    within the whole batch."""
+    """What is asked in one rollout, or a share of it, each question with its number within the
+    whole batch."""
 
     numbers: list[int]
     problems: list[Problem]
     prompts: list[list[int]]
+
+    def part(self, numbers: Sequence[int]) -> "Questions":
+        places = [self.numbers.index(number) for number in numbers]
+        parts = [[column[place] for place in places] for column in (self.problems, self.prompts)]
+        return Questions(list(numbers), *parts)
 
 
 @dataclass
@@ -188,43 +196,67 @@ class Rollout:
     prompts: list[list[int]]
     outputs: list[Output]
     texts: list[str]
-    rewards_PG: Tensor
-    advantages_PG: Tensor
+    rewards_PG: Tensor | None = None
+    advantages_PG: Tensor | None = None
     ref_logprobs: list[Tensor] | None = None  # a tensor for each output
     metrics: dict = field(default_factory=dict)
+    lengths: dict[int, float] = field(default_factory=dict)  # of all processes: number -> tokens
+
+    def groups(self) -> dict[int, tuple[list[Output], list[str]]]:
+        """By the question's number, its outputs and their texts."""
+        G = len(self.outputs) // max(1, len(self.numbers))
+        parts = [slice(p * G, (p + 1) * G) for p in range(len(self.numbers))]
+        return {n: (self.outputs[p], self.texts[p]) for n, p in zip(self.numbers, parts)}
 
 
 def rollout(
     model: Transformer, tokenizer: Tokenizer, questions: Questions, reward: Reward,
     settings: Settings, *, seed: int, step: int,
 ) -> Rollout:  # fmt: skip
-    """Draw a group of outputs for each question and reward them.
-
-    Every output draws from its own random stream, (seed, step, number of the question, place in the
-    group), so that the batch is the same on any number of processes.
-    """
-    G = settings.group_size
-    repeated = [prompt for prompt in questions.prompts for _ in range(G)]
-    streams = [(step << 32) + number * G + i for number in questions.numbers for i in range(G)]
-    outputs = generate(
-        model, repeated, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-        stop=tokenizer.stop_ids, seed=seed, rows=streams, slots=settings.slots,
-        routes=settings.replay_routes,
-    )  # fmt: skip
-    texts = [spell(tokenizer, output) for output in outputs]
-    asked = [problem for problem in questions.problems for _ in range(G)]
-    values = reward(asked, texts, [output.finish == "stop" for output in outputs])
-    rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(questions.problems), G)
-    advantages_PG = group_advantages(rewards_PG, settings.normalize_std)
-    batch = Rollout(
-        questions.numbers, questions.problems, questions.prompts, outputs, texts, rewards_PG,
-        advantages_PG,
-    )  # fmt: skip
-    batch.metrics = describe(batch, tokenizer.tags)
+    """Draw a group of outputs for each question and reward them."""
+    batch = draw_outputs(model, tokenizer, questions, settings, reward, seed=seed, step=step)
+    reward_outputs(batch, reward, settings, tokenizer.tags)
     return batch
 
 
-def describe(batch: Rollout, tags: bool = True) -> dict:
+def draw_outputs(
+    model: Transformer, tokenizer: Tokenizer, questions: Questions, settings: Settings,
+    reward: Reward | None = None, *, seed: int, step: int,
+) -> Rollout:  # fmt: skip
+    """Every output draws from its own random stream, (seed, step, number of the question, place in
+    the group), so that the batch is the same on any number of processes.
+
+    reward: it may begin with each output as it is written.
+    """
+    G, begin = settings.group_size, getattr(reward, "begin", None)
+    asked = [problem for problem in questions.problems for _ in range(G)]
+
+    def written(i: int, output: Output) -> None:
+        begin(asked[i], spell(tokenizer, output), output.finish == "stop")
+
+    outputs = generate(
+        model, [prompt for prompt in questions.prompts for _ in range(G)],
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+        stop=tokenizer.stop_ids, seed=seed, slots=settings.slots, routes=settings.replay_routes,
+        rows=[(step << 32) + number * G + i for number in questions.numbers for i in range(G)],
+        on_finish=written if begin else None,
+    )  # fmt: skip
+    texts = [spell(tokenizer, output) for output in outputs]
+    return Rollout(questions.numbers, questions.problems, questions.prompts, outputs, texts)
+
+
+def reward_outputs(batch: Rollout, reward: Reward, settings: Settings, tags: bool = True) -> None:
+    """Put rewards, advantages and what describes them into the batch."""
+    asked = [problem for problem in batch.problems for _ in range(settings.group_size)]
+    values = reward(asked, batch.texts, [output.finish == "stop" for output in batch.outputs])
+    batch.rewards_PG = torch.tensor(values, dtype=torch.float64).view(
+        len(batch.problems), settings.group_size
+    )
+    batch.advantages_PG = group_advantages(batch.rewards_PG, settings.normalize_std)
+    describe(batch, tags)
+
+
+def describe(batch: Rollout, tags: bool = True) -> None:
     """What explains a flat reward or a zero loss, as means over the outputs of all processes."""
     G = batch.rewards_PG.shape[1]
     groups = []
@@ -233,17 +265,19 @@ def describe(batch: Rollout, tags: bool = True) -> dict:
         outputs = zip(batch.texts[members], batch.outputs[members], values_G.tolist())
         rows = [dict(reward=value, **judge(problem, *output, tags)) for *output, value in outputs]
         groups.append((problem.level, bool(batch.advantages_PG[p].any()), rows))
-    groups = parallel.gather_list(groups)  # a question's group is never split over processes
-    rows = [row for _, _, group in groups for row in group]
+    # A question's group is never split over processes.
+    groups = parallel.gather_numbered(dict(zip(batch.numbers, groups)))
+    rows = [row for _, _, group in groups.values() for row in group]
     by_level: dict[int, list[float]] = {}
-    for level, _, group in groups:
+    for level, _, group in groups.values():
         known = [row["accuracy"] for row in group if row["accuracy"] is not None]
         if known:
             by_level.setdefault(level, []).extend(known)
 
-    return dict(
+    batch.lengths = {n: mean(row["tokens"] for row in group[2]) for n, group in groups.items()}
+    batch.metrics = dict(
         **{key: average(row[key] for row in rows) for key in rows[0]},
-        groups_without_signal=mean(not signal for _, signal, _ in groups),
+        groups_without_signal=mean(not signal for _, signal, _ in groups.values()),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
     )
 
@@ -404,10 +438,13 @@ class Course:
 def reinforce(
     policy: Transformer, tokenizer: Tokenizer, draw: Callable[[int], list[Problem]], reward: Reward,
     settings: Callable[[int], Settings], course: Course, run: Run, *, seed: int, phase: str = "rl",
+    spool: Spool | None = None,
 ) -> bool:  # fmt: skip
     """R1 2.2.1 as a loop, from run's last checkpoint of this phase; False where Ctrl-C stopped it.
 
     draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
+    spool: the outputs are drawn by other programs (runtime/spool.py), from weights that may be
+    older; the ratio's pi_old is then theirs, as it always is.
     """
     device = policy.lm_head.weight.device
     reference = twin(policy) if settings(0).beta else None
@@ -416,17 +453,26 @@ def reinforce(
     optimizer = adamw(policy.parameters(), course.lr, course.states, seed)
     state = dict(policy=policy, optimizer=optimizer)
     state |= {} if reference is None else dict(reference=reference)
-    done = run.resume(phase, state)
+    done, lengths = run.resume(phase, state), Lengths()
     with progress(course.steps, "GRPO", initial=done) as bar:
         while done < course.steps:
             now = settings(done)
-            asked, skipped = share(draw(done), tokenizer, policy, now)
+            asked, skipped = fitting_questions(draw(done), tokenizer, policy, now)
             with away(optimizer) if course.offload else nullcontext():
                 # Sample a group of outputs for each question from the old policy, and reward them.
                 with run.phase("rollout") as timer:
-                    batch = rollout(policy, tokenizer, asked, reward, now, seed=seed, step=done)
+                    if spool is None:
+                        mine = asked.part(lengths.share(asked))
+                        batch = draw_outputs(
+                            policy, tokenizer, mine, now, reward, seed=seed, step=done
+                        )
+                    elif (batch := received(spool, policy, asked, done, run)) is None:
+                        return run.goes_on(phase, done, state, every=1)  # Ctrl-C while waiting
                     written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
                     timer.tokens += written
+                with run.phase("reward"):
+                    reward_outputs(batch, reward, now, tokenizer.tags)
+                lengths.note(asked, batch.lengths)
                 # The reference's log-probs of the same outputs, for the KL.
                 if reference is not None:
                     with visiting(reference, device), run.phase("reference") as timer:
@@ -445,6 +491,8 @@ def reinforce(
                 if reference is not None and done % course.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
+                if spool is not None:
+                    sampled |= spool.metrics if minibatch == 0 else {}
                 run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
                 bar.update(1)
             shown = {key: batch.metrics[key] for key in ("reward", "accuracy", "tokens")}
@@ -455,13 +503,23 @@ def reinforce(
     return True
 
 
-def share(
+def received(
+    spool: Spool, policy: Transformer, asked: Questions, done: int, run: Run
+) -> Rollout | None:  # fmt: skip
+    """This process's part of a rollout that others have drawn; None where stopped."""
+    groups = spool.take(policy, done, run)
+    if groups is None:
+        return None
+    mine = asked.part(sorted(groups))
+    outputs, texts = ([each for n in mine.numbers for each in groups[n][i]] for i in (0, 1))
+    return Rollout(mine.numbers, mine.problems, mine.prompts, outputs, texts)
+
+
+def fitting_questions(
     problems: list[Problem], tokenizer: Tokenizer, model: Transformer, settings: Settings
 ) -> tuple[Questions, int]:
-    """This process's share of the questions of one rollout. The batch is the same on any number of
-    processes; questions too long for the context are left out of it, and counted."""
+    """The questions of one rollout, on all processes, and how many are left out of it because they
+    are too long for the context."""
     prompts, fitting = fitting_prompts(model, tokenizer, problems, settings.max_new_tokens)
-    numbers = list(parallel.shard(range(len(fitting))))
-    mine = [fitting[number] for number in numbers]
-    asked = Questions(numbers, [problems[i] for i in mine], [prompts[i] for i in mine])
-    return asked, len(problems) - len(fitting)
+    asked = [problems[i] for i in fitting], [prompts[i] for i in fitting]
+    return Questions(list(range(len(fitting))), *asked), len(problems) - len(fitting)

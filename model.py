@@ -340,7 +340,7 @@ class GQA(nn.Module):
         super().__init__()
         D, H, K = config.hidden_size, config.num_attention_heads, config.gqa_head_dim
         J = config.num_key_value_heads or H
-        self.H, self.J, self.K, self.scale = H, J, K, K**-0.5
+        self.K, self.scale = K, K**-0.5
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
         self.q_proj = nn.Linear(D, H * K, bias=qkv_bias)
         self.k_proj = nn.Linear(D, J * K, bias=qkv_bias)
@@ -353,9 +353,10 @@ class GQA(nn.Module):
 
     def forward(self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHK = self.q_proj(x_BTD).view(B, T, self.H, self.K)
-        k_BTJK = self.k_proj(x_BTD).view(B, T, self.J, self.K)
-        v_BTJK = self.v_proj(x_BTD).view(B, T, self.J, self.K)
+        # -1: H or J heads, or as many of them as this process has (runtime/tensor_parallel.py).
+        q_BTHK = self.q_proj(x_BTD).view(B, T, -1, self.K)
+        k_BTJK = self.k_proj(x_BTD).view(B, T, -1, self.K)
+        v_BTJK = self.v_proj(x_BTD).view(B, T, -1, self.K)
         if self.has_norms:
             q_BTHK, k_BTJK = self.q_norm(q_BTHK), self.k_norm(k_BTJK)
         q_BTHK = rotate(q_BTHK, rows, interleaved=False)
@@ -559,6 +560,7 @@ class Transformer(nn.Module):
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.frequency_r: Tensor | None = None  # of the rotary positions, once they are needed
+        self.cache_width = config.cache_width  # less where a process has some of the heads
         # Keep only what goes into each block for the backward pass, and compute the block again.
         self.recompute = False
         if config.tie_word_embeddings:
@@ -674,8 +676,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, pages: int, tokens: int) -> Tensor:
         """`pages` pages of so many tokens: one vector per token and layer, MZYX."""
-        weight, config = self.lm_head.weight, self.config
-        shape = (config.num_hidden_layers, pages, tokens, config.cache_width)
+        weight = self.lm_head.weight
+        shape = (self.config.num_hidden_layers, pages, tokens, self.cache_width)
         return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
     def num_parameters(self, mtp: bool = False) -> int:

@@ -364,6 +364,9 @@ class RewardModel(nn.Module):
             weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
         )
         nn.init.zeros_(self.head.weight)  # at first all texts are worth the same
+        self.spread = getattr(trunk, "spread", None)  # over processes: runtime/sharding.py
+        if not trunk.config.tie_word_embeddings:
+            trunk.lm_head.requires_grad_(False)  # it is not asked: no optimizer has states of it
 
     def forward(self, texts: Sequence[list[int]], row_tokens: int = 256) -> Tensor:
         """One number for each of the texts, which are tokens."""

@@ -47,6 +47,7 @@ from runtime.pretrained import find_model, load_pretrained
 from runtime.record import Captured, Recorded, Step
 from runtime.run import Run, UserError, flag, launch, parse, pick_device, progress, usable_dtype
 from runtime.sharding import gathered, repeatable, shard
+from runtime.tensor_parallel import agreed, asked_together
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Slots:
     ):  # fmt: skip
         config, device, count = model.config, model.lm_head.weight.device, pages.slots
         routes = routes and config.is_moe
-        self.pages, self.count = pages, count
+        self.model, self.pages, self.count = model, pages, count
         self.temperature, self.top_p, self.max_new_tokens = temperature, top_p, max_new_tokens
         self.request = [-1] * count  # which request a slot works on; -1: free
         self.length = [0] * count  # its tokens in the cache
@@ -160,7 +161,8 @@ class Slots:
         """One more token in every slot."""
         at_B1 = self.written_B[:, None]
         uniform_B = self.uniform_BT.gather(1, at_B1)[:, 0]
-        tokens_B, logprobs_B = choose(self.logits_BV, uniform_B, self.temperature, self.top_p)
+        drawn = choose(self.logits_BV, uniform_B, self.temperature, self.top_p)
+        tokens_B, logprobs_B = agreed(self.model, *drawn)
         self.last_B.copy_(tokens_B)
         self.tokens_BT.scatter_(1, at_B1, tokens_B[:, None])
         self.logprobs_BT.scatter_(1, at_B1, logprobs_B.double()[:, None])
@@ -276,33 +278,37 @@ def generate(
     Raises ValueError for an empty prompt, one too long for the model, or settings out of range.
     """
     check_request(model, prompts, max_new_tokens, temperature, top_p, slots)
-    with gathered(model):  # on a rank without prompts too
+    rows = range(len(prompts)) if rows is None else rows
+    with gathered(model) as writer:  # on a rank without prompts too
+        # Where ranks write together, the prompts are those of all, and `own` are this one's.
+        settings = max_new_tokens, temperature, top_p, tuple(stop), seed, slots, cache_tokens, page
+        prompts, rows, own = asked_together(writer, prompts, rows, settings)
         if not prompts:
             return []
         outputs: list[Output | None] = [None] * len(prompts)
-        queue = Queue(model, prompts, range(len(prompts)) if rows is None else rows, seed)
+        queue = Queue(writer, prompts, rows, seed)
         width = max(map(len, prompts)) + max_new_tokens
-        pages = Pages(model, min(slots, len(prompts)), width, page, cache_tokens)
+        pages = Pages(writer, min(slots, len(prompts)), width, page, cache_tokens)
         state = Slots(
-            model, pages, width, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
+            writer, pages, width, max_new_tokens, temperature=temperature, top_p=top_p, stop=stop,
             routes=routes,
         )  # fmt: skip
         while True:
             queue.fill(state)
             if not queue.waiting and not state.active():
-                return outputs
+                return outputs[own.start : own.stop]
             while not queue.waiting and len(state.active()) <= state.count // 2:
                 state.shrink()
             state.draw()
             status = state.status_B.tolist()
             for slot in state.active():
                 request = state.request[slot]
-                if on_token is not None:
-                    on_token(request, int(state.last_B[slot]))
+                if on_token is not None and request in own:
+                    on_token(request - own.start, int(state.last_B[slot]))
                 if status[slot]:
                     outputs[request] = state.take(slot, "stop" if status[slot] == 1 else "length")
-                    if on_finish is not None:
-                        on_finish(request, outputs[request])
+                    if on_finish is not None and request in own:
+                        on_finish(request - own.start, outputs[request])
             queue.put_back(state.advance())
 
 
@@ -450,16 +456,16 @@ def measure(
 
 def open_model(
     directory: str | Path, device: str, dtype: torch.dtype | None, template: str | None = None,
-    ep: int = 0,
+    ep: int | None = 0, states: str | None = "master", tp: int = 0,
 ) -> tuple[Transformer, Tokenizer]:  # fmt: skip
     """A model directory: in the dtype given (None: as stored), wherever it can be used, and with
     another prompt template than its own, where one is given. Without the multi-token prediction
-    layer, which neither the sampler nor RL uses: what is saved after training has none. ep: how it
-    is spread over the processes (runtime/sharding.py)."""
+    layer, which neither the sampler nor RL uses: what is saved after training has none. ep, states,
+    tp: how it is spread over the processes (runtime/sharding.py)."""
     place, directory = pick_device(device), find_model(directory)
     try:
         tokenizer = Tokenizer.load(directory, template)
-        spread = partial(shard, ep=ep, device=place)
+        spread = partial(shard, ep=ep, device=place, states=states, tp=tp)
         model = load_pretrained(directory, dtype=dtype, device=place, mtp=False, shard=spread)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -607,14 +613,26 @@ class Config:
         None, "of the weights; none: as stored"
     )
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
-    ep: int = flag(
-        0, "spread the weights over the processes, the experts over so many; 0: all on each"
+    ep: int | None = flag(
+        None, "spread the weights over the processes, the experts over so many; 0: all on each;"
+        " none: spread what would fill more than half of the memory",
+    )  # fmt: skip
+    tp: int = flag(
+        0, "cut a dense model over so many processes, which write together; 0 or 1: it is whole"
     )
+
+    def __post_init__(self):
+        if self.tp > 1 and self.ep:
+            raise UserError(
+                f"--tp {self.tp} and --ep {self.ep}: give one of them; --tp cuts it all"
+            )
 
 
 def main(config: Config) -> None:
     dtype = config.dtype and getattr(torch, config.dtype)
-    model, tokenizer = open_model(config.model, config.device, dtype, config.template, config.ep)
+    how = dict(template=config.template, ep=0 if config.tp > 1 else config.ep, tp=config.tp)
+    how["states"] = None  # it won't be trained
+    model, tokenizer = open_model(config.model, config.device, dtype, **how)
     if config.data is not None:
         problems = load(config.data, all_held_out=True).held_out(config.limit)
         rewards.need_rules(problems)
@@ -634,13 +652,14 @@ def main(config: Config) -> None:
 def converse(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
     """A question a line. With a chat template the model sees what was said before, but for its own
     reasoning; with a plain one, each question stands alone."""
-    print(f"Template {tokenizer.template}. One question a line; an empty line ends.")
+    say = print if parallel.is_main() else lambda text: None
+    say(f"Template {tokenizer.template}. One question a line; an empty line ends.")
     history: list[tuple[str, str]] = []
     while question := read_line():
         try:
             said = answer(model, tokenizer, question, config, history)
         except ValueError as error:  # too long
-            print(f"{error}; what was said before is forgotten: ask again" if history else error)
+            say(f"{error}; what was said before is forgotten: ask again" if history else error)
             history = []
             continue
         if tokenizer.template in CHATS:
@@ -648,10 +667,14 @@ def converse(model: Transformer, tokenizer: Tokenizer, config: Config) -> None:
 
 
 def read_line() -> str:
-    try:
-        return input("\n> ").strip()
-    except EOFError:  # Ctrl-D
-        return ""
+    """What is asked of the first process, on all."""
+    line = ""
+    if parallel.is_main():
+        try:
+            line = input("\n> ").strip()
+        except EOFError:  # Ctrl-D
+            pass
+    return parallel.from_main(line)
 
 
 def answer(
@@ -684,11 +707,12 @@ class Screen:
             self.write(self.decoder.decode(self.tokenizer.token_bytes(token)))
 
     def write(self, text: str) -> None:
-        text = text.replace("<think>", f"{self.dim}<think>")
-        print(text.replace("</think>", f"</think>{self.plain}"), end="", flush=True)
+        if parallel.is_main():  # all processes write the same
+            text = text.replace("<think>", f"{self.dim}<think>")
+            print(text.replace("</think>", f"</think>{self.plain}"), end="", flush=True)
 
     def close(self) -> None:
-        print(self.decoder.decode(b"", final=True) + self.plain)
+        self.write(self.decoder.decode(b"", final=True) + self.plain + "\n")
 
 
 if __name__ == "__main__":

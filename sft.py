@@ -138,7 +138,12 @@ def sft_step(
     report.loads = [
         torch.zeros(model.config.n_routed_experts) for _ in range(model.config.num_moe_layers)
     ]
-    with in_step(model, mtp=objective.mtp_weight > 0):
+
+    def nothing() -> Tensor:
+        idle = pack([[0, 0, 0]], 3, mask_BT.device)
+        return sft_loss(model, idle, idle.positions_BT > 0, 1, objective, 1)[0]
+
+    with in_step(model, nothing):
         for start in range(0, len(mask_BT), objective.rows):
             rows = slice(start, start + objective.rows)
             loss, routings = sft_loss(
@@ -385,7 +390,8 @@ def finetune(
     """Epochs over the examples, from run's last checkpoint of this phase; False where Ctrl-C
     stopped it. learn(optimizers, examples of a batch) makes one update: `learn_answers`, say.
     until: stop after so many updates, saved, for another call to go on."""
-    optimizer = adamw(model.parameters(), tuning.lr, tuning.states, seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(trained, tuning.lr, tuning.states, seed)
     state = dict(model=model, optimizer=optimizer)
     done = run.resume(phase, state)
     batches = -(-len(examples) // tuning.batch)  # of an epoch
@@ -447,10 +453,11 @@ def learn_rows(
 
     def learn(optimizers: list[torch.optim.Optimizer], batch: Sequence[T]) -> Report:
         mine, report = parallel.shard(batch), Report()
-        for start in range(0, len(mine), at_once):
-            loss = losses(mine[start : start + at_once]).sum() / len(batch)
-            loss.backward()
-            report.loss += float(loss.detach())
+        with in_step(model, lambda: losses(batch[:1])):
+            for start in range(0, len(mine), at_once):
+                loss = losses(mine[start : start + at_once]).sum() / len(batch)
+                loss.backward()
+                report.loss += float(loss.detach())
         report.loss = float(parallel.all_sum(report.loss))
         report.grad_norm = update(model, optimizers, Objective().max_grad_norm)
         return report
@@ -585,17 +592,17 @@ def judge_answers(
     """The model as generative reward model (R1 2.3.3): whether, asked if an answer is the same as
     the reference, it finds yes likelier than no. No answer is never right."""
     given = [i for i, answer in enumerate(answers) if answer]
-    likely = {}
-    for word in (" yes", " no"):
-        said, logprobs = tokenizer.encode(word), []
-        for start in range(0, len(given), at_once):
-            texts = []
-            for i in given[start : start + at_once]:
-                reference = problems[i].question, problems[i].answer
-                asked = build_judgement(*reference, answers[i], tokenizer.template)
-                texts.append(tokenizer.encode(asked))
-            logprobs += ending_logprobs(model, [text + said for text in texts], len(said))
-        likely[word] = logprobs
+    texts = []
+    for i in given:
+        asked = problems[i].question, problems[i].answer, answers[i]
+        texts.append(tokenizer.encode(build_judgement(*asked, tokenizer.template)))
+    likely: dict[str, list[float]] = {" yes": [], " no": []}
+    with in_step(model):  # each process has answers of its own
+        for word, logprobs in likely.items():
+            said = tokenizer.encode(word)
+            for start in range(0, len(texts), at_once):
+                some = [text + said for text in texts[start : start + at_once]]
+                logprobs += ending_logprobs(model, some, len(said))
     right = dict(zip(given, map(operator.gt, likely[" yes"], likely[" no"])))
     return [right.get(i, False) for i in range(len(answers))]
 

@@ -32,6 +32,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Literal
@@ -45,12 +46,16 @@ from data import chat
 from data.problems import Generated, Listed, Problem, load
 from data.prompts import check_template, encode_prompt, join, sum_up
 from data.tokenizer import Tokenizer
+from model import Config as ModelConfig
 from model import Transformer
 from rewards import RewardModel
 from runtime import parallel
+from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.pretrained import save_pretrained
 from runtime.run import Run, UserError, flag, launch, parse, run_command
+from runtime.sharding import check_grid, in_step
+from runtime.workers import Workers, closing, with_workers
 from sample import generate, measure, open_model, spell
 
 STAGES = ("dev1", "dev2", "dev3", "r1")
@@ -105,6 +110,9 @@ class Config(Machine):
     beta: float = flag(0.001, "weight of the KL to the reference")
     refresh: int = flag(40, "updates after which the policy becomes the reference")
     language_weight: float = flag(1.0, "weight of the language-consistency reward; 0: without")
+    reward_workers: int = flag(
+        0, "processes that compute rewards while outputs are still written; 0: this one, afterwards"
+    )
     final_temperature: float = flag(0.7, "sampling temperature of RL for all scenarios")
     max_new_tokens: int = flag(112, "longest output")
     # The reward models (R1 2.3.4).
@@ -225,6 +233,10 @@ def prepare(config: Config) -> tuple[Generated | Listed, list[Problem]]:
         if not tokenizer.same_tokens(Tokenizer.load(base, config.template)):
             raise UserError(f"{base} and {zero / 'model'} have different tokenizers: give the base"
                             " that the R1-Zero began as")  # fmt: skip
+        for directory in (base, zero / "model"):
+            check_grid(read_config(directory), config.ep, config.tp)
+    else:
+        check_grid(ModelConfig.preset("toy"), config.ep, config.tp)
     return source, held_out
 
 
@@ -250,11 +262,12 @@ class Lab:
     held_out: list[Problem]
 
     def model(self, name: str) -> Transformer:
-        """A stage's model, zero or the base."""
+        """A stage's model, zero or the base; or the trunk of a reward model."""
         config, zero = self.config, Path(self.config.zero)
         places = dict(base=config.model or zero / "base", zero=zero / "model")
         place = places.get(name, self.run.out / name)
-        model, _ = open_model(place, config.device, getattr(torch, config.dtype))
+        how = dict(ep=config.ep, states=config.optimizer, tp=config.tp)
+        model, _ = open_model(place, config.device, getattr(torch, config.dtype), **how)
         model.recompute = config.recompute
         return model
 
@@ -336,15 +349,17 @@ def all_scenarios(lab: Lab) -> Transformer | None:
 
 def reasoning_reward(config: Config, tags: bool = True) -> grpo.Reward:
     """R1 2.3.2: accuracy + format + the share of the reasoning's words in the right language."""
+    rule = partial(reasoning_rule, language_weight=config.language_weight, tags=tags)
+    return with_workers(rule, config.reward_workers)
 
-    def reward(problem: Problem, response: str, finished: bool) -> float:
-        if not finished:
-            return 0.0
-        language = rewards.language_reward(response, problem.language)
-        rules = rewards.rule_reward(problem, response, finished, tags=tags)
-        return rules + config.language_weight * language
 
-    return lambda *outputs: [reward(*output) for output in zip(*outputs)]
+def reasoning_rule(
+    problem: Problem, response: str, finished: bool, language_weight: float, tags: bool
+) -> float:
+    if not finished:
+        return 0.0
+    language = rewards.language_reward(response, problem.language)
+    return rewards.rule_reward(problem, response, finished, tags=tags) + language_weight * language
 
 
 def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> grpo.Reward:
@@ -377,6 +392,12 @@ def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> gr
             values[i] = value
         return values
 
+    def begin(problem: Problem, text: str, finished: bool) -> None:
+        if problem.checker not in ("helpful", "harmless"):
+            rules.begin(problem, text, finished)
+
+    if isinstance(rules, Workers):
+        reward.begin = begin
     return reward
 
 
@@ -384,8 +405,7 @@ def reward_model(name: str, lab: Lab) -> RewardModel | None:
     """The base with a number for a head, trained on pairs (helpful) or verdicts (harmless)."""
     config, directory = lab.config, lab.run.out / f"reward_{name}"
     if directory.is_dir():
-        trunk = open_model(directory, config.device, getattr(torch, config.dtype))[0]
-        return RewardModel.load(trunk, directory)
+        return RewardModel.load(lab.model(directory.name), directory)
     model = RewardModel(lab.model("base"))
     train, test = split(data_rows(lab, "preferences" if name == "helpful" else "safety"))
     losses = preference_losses if name == "helpful" else verdict_losses
@@ -396,9 +416,11 @@ def reward_model(name: str, lab: Lab) -> RewardModel | None:
     learn = sft.learn_rows(model, lambda rows: losses(model, lab, rows), at_once)
     if not sft.finetune(model, train, learn, tuning, lab.run, f"reward {name}", config.seed):
         return None
-    with torch.no_grad():
-        parts = [losses(model, lab, test[i : i + 64]) for i in range(0, len(test), 64)]
-    right = float((torch.cat(parts) < 0.6931).double().mean())  # more likely than not
+    mine = parallel.shard(test)
+    with torch.no_grad(), in_step(model, lambda: losses(model, lab, test[:1])):
+        parts = [losses(model, lab, mine[i : i + 64]) for i in range(0, len(mine), 64)]
+    found = parallel.gather_list([loss for part in parts for loss in part.tolist()])
+    right = mean(loss < 0.6931 for loss in found)  # more likely than not
     lab.run.rewind(f"reward {name} held out", -1)
     lab.run.log(phase=f"reward {name} held out", step=0, right=right, rows=len(test))
     if parallel.is_main():
@@ -409,11 +431,10 @@ def reward_model(name: str, lab: Lab) -> RewardModel | None:
 
 
 def preference_losses(model: RewardModel, lab: Lab, rows: list[dict]) -> torch.Tensor:
-    chosen, rejected = (
-        model([whole(lab, row["prompt"], row[which]) for row in rows])
-        for which in ("chosen", "rejected")
-    )
-    return rewards.pairwise_loss(chosen, rejected)
+    texts = [
+        whole(lab, row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows
+    ]
+    return rewards.pairwise_loss(*model(texts).chunk(2))
 
 
 def verdict_losses(model: RewardModel, lab: Lab, rows: list[dict]) -> torch.Tensor:
@@ -423,8 +444,10 @@ def verdict_losses(model: RewardModel, lab: Lab, rows: list[dict]) -> torch.Tens
 
 @torch.no_grad()
 def score(model: RewardModel, lab: Lab, prompts: list[str], texts: list[str]) -> torch.Tensor:
+    """What this process's texts are worth."""
     whole_texts = [whole(lab, prompt, text) for prompt, text in zip(prompts, texts)]
-    parts = [model(whole_texts[i : i + 64]) for i in range(0, len(texts), 64)]
+    with in_step(model, lambda: model([[0]])):
+        parts = [model(whole_texts[i : i + 64]) for i in range(0, len(texts), 64)]
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
@@ -455,10 +478,11 @@ def reinforced(
         warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
         states=config.optimizer, offload=config.offload,
     )  # fmt: skip
-    finished = grpo.reinforce(
-        policy, lab.tokenizer, draw, reward, lambda done: settings(config, temperature), course,
-        lab.run, seed=config.seed + SEEDS[name], phase=name,
-    )  # fmt: skip
+    with closing(reward):
+        finished = grpo.reinforce(
+            policy, lab.tokenizer, draw, reward, lambda done: settings(config, temperature), course,
+            lab.run, seed=config.seed + SEEDS[name], phase=name,
+        )  # fmt: skip
     return policy if finished else None
 
 
@@ -600,25 +624,28 @@ def learned_marks(model: Transformer, lab: Lab) -> dict[str, list[float]]:
     asked = [row["prompt"] for row in pairs]
     written = answers_to(asked, model, lab)
     summaries = [rewards.summary(text) if finished else "" for text, finished in written]
-    chosen = score(helpful, lab, asked, [row["chosen"] for row in pairs])
-    better = score(helpful, lab, asked, summaries) - chosen
-    marks["helpful"] = torch.sigmoid(better).tolist()
+    mine = parallel.shard(asked)
+    chosen = score(helpful, lab, mine, parallel.shard([row["chosen"] for row in pairs]))
+    better = score(helpful, lab, mine, parallel.shard(summaries)) - chosen
+    marks["helpful"] = parallel.gather_list(torch.sigmoid(better).tolist())
     asked = [row["prompt"] for row in split(data_rows(lab, "safety"))[1]]
     asked = list(dict.fromkeys(asked))[: lab.config.eval_requests]
     texts = [text for text, _ in answers_to(asked, model, lab)]
-    marks["safe"] = (score(harmless, lab, asked, texts) > 0).double().tolist()
+    safe = score(harmless, lab, parallel.shard(asked), parallel.shard(texts)) > 0
+    marks["safe"] = parallel.gather_list(safe.double().tolist())
     return marks
 
 
 def answers_to(prompts: list[str], model: Transformer, lab: Lab) -> list[tuple[str, bool]]:
     """One answer at T = 1 to each, and whether it ended by itself."""
-    config = lab.config
+    config, mine = lab.config, parallel.shard(range(len(prompts)))
     outputs = generate(
-        model, [encode_prompt(lab.tokenizer, prompt) for prompt in prompts],
+        model, [encode_prompt(lab.tokenizer, prompts[i]) for i in mine], rows=mine,
         max_new_tokens=config.max_new_tokens, temperature=1.0, seed=config.seed,
         stop=lab.tokenizer.stop_ids, slots=config.slots,
     )  # fmt: skip
-    return [(spell(lab.tokenizer, output), output.finish == "stop") for output in outputs]
+    written = [(spell(lab.tokenizer, output), output.finish == "stop") for output in outputs]
+    return parallel.gather_list(written)
 
 
 MEASURES = ("pass@1", "cons@{k}", "greedy", "format", "language", "instruction", "helpful", "safe",

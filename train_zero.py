@@ -23,7 +23,12 @@ Read next: sft.py (how the toy's base is made), bench/zero.py (five seeds and tw
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -45,6 +50,8 @@ from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device,
 )  # fmt: skip
 from runtime.sharding import check_grid, shard
+from runtime.spool import Plan, Spool, Worker
+from runtime.workers import closing, with_workers
 from sample import fitting_prompts, measure, open_model, table
 
 
@@ -91,6 +98,16 @@ class Config(Machine):
     # Rewards.
     reward: Literal["rules", "format", "random"] = flag("rules", "rules, or a control")
     format_weight: float = flag(1.0, "weight of the format reward beside the accuracy's 1")
+    reward_workers: int = flag(
+        0, "processes that compute rewards while outputs are still written; 0: this one, afterwards"
+    )
+    # Asynchronous rollouts (runtime/spool.py).
+    async_rollouts: int | None = flag(
+        None, "so many programs draw outputs while this one trains (0: only those that --join)"
+    )
+    join: str | None = flag(None, "draw outputs for the run in this directory, until it is over")
+    ahead: int = flag(1, "rollouts that may be drawn beyond what the newest weights are for")
+    part: int = flag(8, "questions that a rollout worker claims at a time")
     # Evaluation.
     eval_problems: int = flag(225, "held-out problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
@@ -109,6 +126,10 @@ class Config(Machine):
             raise UserError(
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 f" knows {' and '.join(CORPORA)} only"
+            )
+        if self.ahead < 0 or (self.async_rollouts or 0) < 0:
+            raise UserError(
+                f"--ahead {self.ahead}, --async-rollouts {self.async_rollouts}: 0 or more"
             )
         if self.minibatches > self.questions:
             raise UserError(
@@ -130,11 +151,20 @@ class Config(Machine):
 
 CORPORA = {"calc-chain": Mix(), "bilingual-chain": BILINGUAL}  # what a toy base reads for its task
 PROMPT_TOKENS = 512  # of the longest question, for --dry-run
-MAY_CHANGE = ("steps", "save_every", "force", "slots", "micro_tokens")  # on --resume
+MAY_CHANGE = (
+    "steps",
+    "save_every",
+    "force",
+    "slots",
+    "micro_tokens",
+    "async_rollouts",
+    "ahead",
+    "part",
+)  # on --resume
 COUNTS = ("questions", "minibatches", "refresh", "save_every", "eval_problems", "eval_samples",
-          "max_new_tokens", "steps", "pretrain_steps")  # fmt: skip
+          "part", "max_new_tokens", "steps", "pretrain_steps")  # fmt: skip
 REAL = dict(lr=1e-6, group_size=16, minibatches=4, max_new_tokens=1024, steps=400, refresh=100,
-            eval_samples=4)  # fmt: skip
+            eval_samples=4, reward_workers=2)  # fmt: skip
 PRESETS = {
     "toy": {},
     # For train_r1.py: half in Chinese, and a corpus that has chats as well.
@@ -166,14 +196,17 @@ PRESETS = {
 def main(config: Config) -> None:
     if config.dry_run:
         return report_memory(config)
+    if config.join:
+        return join(config)
     source, held_out = questions(config)
     given = None
     if config.model:
         dtype = getattr(torch, config.dtype)
-        given = open_model(config.model, config.device, dtype, config.template, config.ep)
+        how = config.template, config.ep, config.optimizer, config.tp
+        given = open_model(config.model, config.device, dtype, *how)
     shape = given[0].config if given else ModelConfig.preset("toy")
     check_context(config, shape)
-    check_grid(shape, config.ep)
+    check_grid(shape, config.ep, config.tp)
     if given:
         fitting_prompts(*given, held_out, config.max_new_tokens)  # refuses where none fits
     run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
@@ -252,14 +285,21 @@ def reinforce(
         states=config.optimizer, offload=config.offload,
     )  # fmt: skip
 
-    def draw(done: int) -> list[Problem]:
-        rollouts = -(-done // config.minibatches)
-        return source.batch(config.questions, seed=config.seed, step=rollouts)
+    rule = reward_rule(config, tokenizer.tags)
+    with spool_of(config, tokenizer) as spool, closing(rule) as reward:
+        finished = grpo.reinforce(
+            policy, tokenizer, lambda done: drawn(source, config, done), reward,
+            lambda done: grpo_settings(config, done), course, run, seed=config.seed, spool=spool,
+        )  # fmt: skip
+        if spool is not None:
+            spool.over = finished
+    return finished
 
-    return grpo.reinforce(
-        policy, tokenizer, draw, reward_rule(config, tokenizer.tags),
-        lambda done: grpo_settings(config, done), course, run, seed=config.seed,
-    )  # fmt: skip
+
+def drawn(source: Generated | Listed, config: Config, done: int) -> list[Problem]:
+    """The questions of the rollout that follows so many updates."""
+    rollouts = -(-done // config.minibatches)
+    return source.batch(config.questions, seed=config.seed, step=rollouts)
 
 
 def grpo_settings(config: Config, done: int) -> grpo.Settings:
@@ -277,19 +317,66 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
 def reward_rule(config: Config, tags: bool = True) -> grpo.Reward:
     """R1 2.2.2: accuracy and format, equally weighted. The controls are told less, or nothing."""
 
-    def rules(problem: Problem, response: str, finished: bool) -> float:
-        return rewards.rule_reward(problem, response, finished, config.format_weight, tags)
+    rules = partial(rewards.rule_reward, format_weight=config.format_weight, tags=tags)
+    only_format, random = partial(format_rule, tags=tags), partial(coin, seed=config.seed)
+    rule = {"rules": rules, "format": only_format, "random": random}[config.reward]
+    return with_workers(rule, config.reward_workers)
 
-    def only_format(problem: Problem, response: str, finished: bool) -> float:
-        return rewards.format_reward(response, tags) if finished else 0.0
 
-    def coin(problem: Problem, response: str, finished: bool) -> float:
-        """By a hash of the text: the same text always earns the same, and it means nothing."""
-        told = f"{config.seed} {problem.question} {response}"
-        return float(hashlib.sha256(told.encode()).digest()[0] % 2)
+def format_rule(problem: Problem, response: str, finished: bool, tags: bool) -> float:
+    return rewards.format_reward(response, tags) if finished else 0.0
 
-    rule = {"rules": rules, "format": only_format, "random": coin}[config.reward]
-    return lambda *batch: [rule(*output) for output in zip(*batch)]
+
+def coin(problem: Problem, response: str, finished: bool, seed: int) -> float:
+    """By a hash of the text: the same text always earns the same, and it means nothing."""
+    told = f"{seed} {problem.question} {response}"
+    return float(hashlib.sha256(told.encode()).digest()[0] % 2)
+
+
+# ---- asynchronous rollouts -----------------------------------------------------------------
+
+
+def plan_of(config: Config) -> Plan:
+    return Plan(Path(config.out), config.steps, config.minibatches, config.ahead, config.questions,
+                config.part)  # fmt: skip
+
+
+def spool_of(config: Config, tokenizer: Tokenizer) -> AbstractContextManager[Spool | None]:
+    """Where the outputs come from, if not from this process."""
+    if config.async_rollouts is None:
+        return nullcontext()
+    threads = config.threads or max(1, torch.get_num_threads() // (1 + config.async_rollouts))
+    command = [sys.executable, __file__, "--join", config.out, "--device", config.device,
+               "--threads", str(threads), "--slots", str(config.slots)]  # fmt: skip
+    return Spool(plan_of(config), tokenizer, command, config.async_rollouts)
+
+
+def join(config: Config) -> None:
+    """--join: draw outputs for another process's run. The method is that run's, the machine ours."""
+    file = Path(config.join) / "config.json"
+    if not file.exists():
+        raise UserError(
+            f"--join {config.join}: no run is there; first start it: python train_zero.py"
+            f" --async-rollouts 0 --out {config.join}"
+        )
+    ours = {field.name for field in fields(Machine)} - {"dtype", "optimizer"}
+    theirs = {field.name for field in fields(Config)} - ours
+    saved = json.loads(file.read_text())
+    saved = {name: saved[name] for name in theirs if name in saved}
+    run = replace(config, **{**saved, "out": config.join, "join": None})
+    if run.async_rollouts is None:
+        raise UserError(f"--join {config.join}: that run draws its outputs itself; give"
+                        " --async-rollouts when it is started")  # fmt: skip
+    source, _ = questions(run)
+
+    def write(model: Transformer, tokenizer: Tokenizer, done: int, numbers: range) -> dict:
+        now = grpo_settings(run, done)
+        asked, _ = grpo.fitting_questions(drawn(source, run, done), tokenizer, model, now)
+        mine = asked.part([number for number in asked.numbers if number in numbers])
+        return grpo.draw_outputs(model, tokenizer, mine, now, seed=run.seed, step=done).groups()
+
+    device = pick_device(config.device)
+    Worker(plan_of(run), write, device, run.template).serve(config.timeout)
 
 
 # ---- evaluation ----------------------------------------------------------------------------
@@ -308,7 +395,8 @@ def assess(
 
 def report(base: dict, zero: dict, run: Run) -> None:
     seconds = {"pretrain": run.seconds["pretrain"], "eval": run.seconds["evaluate"]}
-    seconds["rl"] = sum(run.seconds[phase] for phase in ("rollout", "reference", "update"))
+    phases = ("rollout", "reward", "reference", "update", "communication")
+    seconds["rl"] = sum(run.seconds[phase] for phase in phases)
     run.save_json("result.json", {"base": base, "zero": zero, "seconds": seconds})
     if parallel.is_main():
         print(table({"base": base, "zero": zero}))

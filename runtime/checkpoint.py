@@ -1,8 +1,9 @@
 """The training state that --resume starts from, and (from pretrained.py) models.
 
-torch.distributed.checkpoint (DCP) writes a state into step_000123/. It counts once `.metadata` is
-there, which DCP writes last and by rename: a kill at any moment leaves the one before. It holds no
-random state and no position in the data: both are functions of (seed, step).
+torch.distributed.checkpoint (DCP) writes a state into step_000123/, while training goes on. It
+counts once `.metadata` is there, which DCP writes last and by rename: a kill at any moment leaves
+the one before. It holds no random state and no position in the data: both are functions of
+(seed, step).
 
 It is no part of the method. Read next: pretrained.py.
 """
@@ -12,12 +13,13 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent import futures
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,7 +29,14 @@ from runtime import parallel
 from runtime.flags import UserError
 from runtime.pretrained import load_pretrained, save_pretrained
 
-__all__ = ["latest", "load_pretrained", "load_state", "save_pretrained", "save_state", "step_path"]
+__all__ = ["finish_saving", "latest", "load_pretrained", "load_state", "save_pretrained",
+           "save_state", "saving", "step_path"]  # fmt: skip
+
+# The thread that saves are written in, and the last of them, until `finish_saving` has seen how it
+# ended. Python waits for the thread when it ends, after it has printed a traceback.
+_thread = futures.ThreadPoolExecutor(1, "checkpoint")
+_saving: futures.Future | None = None
+_copies: dict[str, Tensor] = {}  # of the state that it writes
 
 
 def step_path(directory: str | Path, step: int) -> Path:
@@ -45,26 +54,87 @@ def latest(directory: str | Path) -> int | None:
     return max(complete_steps(directory), default=None)
 
 
-def save_state(directory: str | Path, step: int, state: dict[str, Any], keep: int = 2) -> None:
+def save_state(
+    directory: str | Path, step: int, state: dict[str, Any], keep: int = 2, *, wait: bool = True
+) -> None:
     """Write the checkpoint of a step, then delete all but the last `keep`.
 
     state: dicts and lists of tensors, numbers and strings, nested: state_dicts of models and
     optimizers, and what else the recipe has to remember. All ranks call it.
+
+    wait=False: copy this rank's state to the CPU, which takes as much memory there until the next
+    save that is waited for, and return. A thread writes it while training goes on; one save at a
+    time: the next waits for the one before. What it fails of is raised by `finish_saving`.
     """
-    path = step_path(directory, step)
-    if parallel.is_main():
-        _delete(path)  # what a kill, or an earlier save of the same step, has left
-        path.mkdir(parents=True)
-    parallel.barrier()
+    global _saving
+    finish_saving()
     # DCP turns int keys (optimizers have them) into text, loses empty dicts, and reads only into
     # what the caller has (an optimizer has nothing before its first step). So it is given the
     # tensors by name, and the tree that they hang in as one value.
     tensors: dict[str, Tensor] = {}
     tree = pickle.dumps(_take_tensors(state, "", tensors))
+    if wait:
+        _copies.clear()
+    else:
+        tensors = _copy(tensors)
+    _no_warning()
+    group = parallel.group_for_saving()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    write = partial(_write, step_path(directory, step), tree, tensors, keep, group, device)
+    if wait:
+        write()
+    else:
+        _saving = _thread.submit(write)
+
+
+def finish_saving(wait: bool = True) -> None:
+    """Wait for the save that is under way, and raise what it failed of. wait=False: look only
+    whether it has failed."""
+    global _saving
+    if _saving and (wait or _saving.done()):
+        futures.wait([_saving])  # if Ctrl-C ends this, it is under way still
+        saved, _saving = _saving, None
+        saved.result()
+
+
+def saving() -> bool:
+    """Whether a save is under way."""
+    return _saving is not None and not _saving.done()
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, into the memory of the copies before: fresh memory takes five times as long."""
+    for name in _copies.keys() - tensors.keys():
+        del _copies[name]
+    for name, tensor in tensors.items():
+        copy = _copies.get(name)
+        if copy is None or _layout(copy) != _layout(tensor):
+            _copies[name] = tensor.to("cpu", copy=True)
+        else:
+            copy.copy_(tensor)
+    return dict(_copies)
+
+
+def _layout(tensor: Tensor) -> tuple:
+    placements = tensor.placements if isinstance(tensor, DTensor) else None
+    return tensor.shape, tensor.stride(), tensor.dtype, placements
+
+
+def _write(
+    path: Path, tree: bytes, tensors: dict[str, Tensor], keep: int,
+    group: dist.ProcessGroup | None, device: int | None,
+) -> None:  # fmt: skip
+    directory = path.parent
+    if device is not None:
+        torch.cuda.set_device(device)  # each thread has its own current GPU
+    if parallel.is_main():
+        _delete(path)  # what a kill, or an earlier save of the same step, has left
+        path.mkdir(parents=True)
     try:
-        with _without_warnings():
-            writer = dcp.FileSystemWriter(path, sync_files=True)
-            dcp.save({"tree": tree, **tensors}, storage_writer=writer)
+        if group:
+            dist.barrier(group=group)
+        writer = dcp.FileSystemWriter(path, sync_files=True)
+        dcp.save({"tree": tree, **tensors}, storage_writer=writer, process_group=group)
     except (Exception, KeyboardInterrupt, CheckpointException) as error:
         cause = _cause(error)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -76,10 +146,9 @@ def save_state(directory: str | Path, step: int, state: dict[str, Any], keep: in
         raise cause from error
     if parallel.is_main():
         kept = [step_path(directory, each) for each in complete_steps(directory)[-keep:]]
-        for old in Path(directory).glob("step_*"):
+        for old in directory.glob("step_*"):
             if old not in kept:
                 _delete(old)
-    parallel.barrier()
 
 
 def load_state(directory: str | Path, step: int, state: dict[str, Any]) -> dict[str, Any]:
@@ -121,8 +190,8 @@ def load_state(directory: str | Path, step: int, state: dict[str, Any]) -> dict[
 
 
 def _read(path: Path, into: dict[str, Any]) -> dict[str, Any]:
-    with _without_warnings():
-        dcp.load(into, storage_reader=dcp.FileSystemReader(path))
+    _no_warning()
+    dcp.load(into, storage_reader=dcp.FileSystemReader(path))
     return into
 
 
@@ -173,8 +242,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():  # DCP warns that it works without a process group
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _no_warning() -> None:
+    """DCP warns that it works without a process group. For good: a filter that is set back would be
+    so for all threads."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -51,9 +51,14 @@ class Machine:
     )
     recompute: bool = flag(False, "compute each block again for its gradient: less memory, slower")
     offload: bool = flag(False, "reference and optimizer on the CPU while they are not needed")
-    ep: int = flag(
-        0, "spread the weights over the processes, the experts over so many; 0: all on each"
-    )
+    ep: int | None = flag(
+        None, "spread the weights over the processes, the experts over so many; 0: all on each;"
+        " none: spread what would fill more than half of the memory",
+    )  # fmt: skip
+    tp: int = flag(
+        0, "so many processes draw the outputs of a dense model together, each with a part of it;"
+        " 0: each has it whole",
+    )  # fmt: skip
     threads: int = flag(0, "CPU threads; 0 leaves the choice to torch")
     timeout: float = flag(
         1800.0, "seconds that a process waits for the others before it takes them for lost"
@@ -68,8 +73,14 @@ class Machine:
             raise UserError(f"--timeout {self.timeout}: more than 0")
         if self.optimizer == "rounding" and self.dtype != "bfloat16":
             raise UserError(f"--optimizer rounding is for --dtype bfloat16, not {self.dtype}")
+        if self.tp > 1 and (self.offload or self.ep == 0):
+            raise UserError(
+                f"--tp {self.tp} is for a model that is spread: --ep 1, and no --offload"
+            )
         if self.ep and self.offload:
             raise UserError("--ep and --offload: give one of them; a spread model stays in place")
+        if self.offload:
+            object.__setattr__(self, "ep", 0)
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

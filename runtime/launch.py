@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from runtime import parallel
-from runtime.checkpoint import latest, step_path
+from runtime.checkpoint import finish_saving, latest, saving, step_path
 from runtime.flags import UserError, nearest
 
 # Which signal asked this process to stop, when, and whether a program it started was told.
@@ -37,6 +37,7 @@ def check_finite(
     loss = float(loss)
     if math.isfinite(loss):
         return
+    finish_saving()  # of the last good one
     last = latest(checkpoints) if checkpoints else None
     kept = "" if last is None else f"; the last good checkpoint is {step_path(checkpoints, last)}"
     raise Diverged(f"the {name} is {loss} at step {step}{kept}; try a lower --lr")
@@ -83,24 +84,24 @@ def launch(
 
     The config's fields `threads`, `seed` and `device` are heeded where it has them. Exit codes: 2
     for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
-    diverged loss or a full disk, each with one line in place of a traceback; 130 after Ctrl-C, 143
-    after SIGTERM.
+    diverged loss, a full disk or the loss of another rank, each with one line in place of a
+    traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that failed speaks.
     """
-    files = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
     try:
         _prepare(config)
         main(config)
-    except (UserError, *files, *user_errors) as error:
-        _fail(error, 2)
-    except Diverged as error:
-        _fail(error, 1)
+        finish_saving()
     except KeyboardInterrupt:
-        sys.exit(128 + (stop.signal or signal.SIGINT))
+        _quit(128 + (stop.signal or signal.SIGINT))
     except Exception as error:
-        if not _disk_is_full(error):
+        if not parallel.first_to_fail() or parallel.is_gone(error):
+            _let_the_cause_speak()
+        code, line = _explain(error, config, user_errors)
+        if not code:
             raise
-        name = getattr(error, "filename", None) or getattr(config, "out", "")
-        _fail(f"{name}: the disk is full; free some space, then --resume", 1)
+        rank = f"[rank {parallel.rank()}] " if parallel.world_size() > 1 else ""
+        print(f"error: {rank}{line}", file=sys.stderr, flush=True)
+        sys.exit(code)
     parallel.shutdown()
     if stop.signal:
         sys.exit(128 + stop.signal)
@@ -117,15 +118,42 @@ def _prepare(config: Any) -> None:
     parallel.init(pick_device(getattr(config, "device", "cpu")), timeout)
 
 
-def _fail(error: Exception | str, code: int) -> None:
+def _explain(error: Exception, config: Any, user_errors: tuple) -> tuple[int, str]:
+    """The exit code and the line for an error that needs no traceback; 0 for others."""
+    files = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+    if parallel.is_gone(error):
+        return 1, "another process ended; what it said, or torchrun says of it, is the cause"
+    if parallel.is_stuck(error):
+        timeout = getattr(config, "timeout", parallel.TIMEOUT)
+        return 1, (
+            f"another process did not come within --timeout {timeout:g} s: it is stuck, or needs"
+            " more time"
+        )
+    line = str(error)
     if isinstance(error, OSError) and error.filename:
-        error = f"{error.filename}: {error.strerror}"
-    if not parallel.is_main():
-        # Where all ranks fail alike, rank 0 says it, and torchrun ends this one in its sleep.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
-        error = f"[rank {parallel.rank()}] {error}"
-    print(f"error: {error}", file=sys.stderr, flush=True)
+        line = f"{error.filename}: {error.strerror}"
+    if isinstance(error, (UserError, *files, *user_errors)):
+        return 2, line
+    if isinstance(error, Diverged):
+        return 1, line
+    if _disk_is_full(error):
+        name = getattr(error, "filename", None) or getattr(config, "out", "")
+        return 1, f"{name}: the disk is full; free some space, then --resume"
+    return 0, ""
+
+
+def _let_the_cause_speak() -> None:
+    """Another rank has failed before: torchrun ends this one in its sleep."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
+
+
+def _quit(code: int) -> None:
+    """At once, although Python would first let a save come to its end."""
+    if saving():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -11,12 +11,15 @@ whole model: more GPUs make a round faster, not smaller.
 
 Weights, gradients, states and cache are exact. Activations are what autograd keeps of each block
 with the Triton kernels, counted by hand below and compared with a measurement in the tests; what
-is short-lived ("working") is an estimate. A GB is 10^9 bytes, and a GPU of "80 GB" has 80 GiB: the
-7 % between are left to CUDA, cuBLAS and fragments.
+is short-lived ("working") is an estimate. What --ep spreads (sharding.py) is counted as whole. A GB
+is 10^9 bytes, and a GPU of "80 GB" has 80 GiB: the 7 % between are left to CUDA, cuBLAS and
+fragments.
 
 It is no part of the method. Read next: optimizer.py.
 """
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +82,11 @@ class Inputs:
     def state_bytes(self) -> int:
         """Of the optimizer, a parameter."""
         return 8 if self.dtype == "float32" else {"master": 12, "rounding": 4}[self.states]
+
+    @property
+    def bytes_each(self) -> int:
+        """Of a parameter that is trained, with its gradient and states."""
+        return self.bytes + self.gradient_bytes + self.state_bytes
 
     @property
     def rows_tokens(self) -> int:
@@ -327,6 +335,8 @@ def table(plan: Plan) -> str:
     if plan.host:
         lines.append(f"on the CPU, for each GPU: {plan.host / GB:.1f} GB")
     lines += verdict(plan)
+    if i.gpus > 1:
+        lines.append("Counted with a whole model on each GPU; --ep spreads it: less on each.")
     return "\n".join(lines)
 
 
@@ -352,6 +362,30 @@ def device_memory() -> float:
     if not torch.cuda.is_available():
         return 80.0
     return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
+def process_memory(device: torch.device | str) -> float:
+    """Bytes that this process has to itself: its GPU's, or its share of the machine's."""
+    if torch.device(device).type == "cuda":
+        return device_memory() * GB
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_processes()
+
+
+def local_processes() -> int:
+    """Processes of this run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def bytes_each(dtype: torch.dtype, states: str | None) -> int:
+    """Bytes of a parameter: its weight and, unless states is None, gradient and optimizer states,
+    which `states` is for in bf16."""
+    if states is None:
+        return dtype.itemsize
+    if dtype == torch.bfloat16:
+        return Inputs(ModelConfig(), states=states).bytes_each
+    return 4 * dtype.itemsize
 
 
 @dataclass(frozen=True)

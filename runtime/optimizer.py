@@ -83,15 +83,17 @@ class AdamW(torch.optim.Optimizer):
                 if not state:
                     self._begin(p, state)
                 state["step"] += 1
-                part = parallel.rank() if isinstance(p, DTensor) else 0
-                noise = self._noise(state["step"], number[p], part, p.device)
+                key = self._key(state["step"], number[p])
                 whole = dict(weight=p, grad=p.grad.contiguous())
                 whole |= {name: state[name] for name in STATES[self.states]}
                 whole = {k: parallel.local(x).view(-1) for k, x in whole.items()}
                 for first in range(0, len(whole["weight"]), SLICE):
                     part = {k: x[first : first + SLICE] for k, x in whole.items()}
-                    update = update_master if self.states == "master" else update_rounding
-                    update(**part, step=state["step"], group=group, noise=noise)
+                    part |= dict(step=state["step"], group=group)
+                    if self.states == "master":
+                        update_master(**part)
+                    else:
+                        update_rounding(**part, noise=random_bits(key, places(p, first)))
 
     def _begin(self, p: Tensor, state: dict) -> None:
         state["step"] = 0
@@ -101,15 +103,11 @@ class AdamW(torch.optim.Optimizer):
         if self.states == "master":
             state["master"].copy_(p)
 
-    def _noise(
-        self, step: int, number: int, part: int, device: torch.device
-    ) -> torch.Generator:  # fmt: skip
-        """A function of (seed, step, number of the parameter), as every random number here, so that
-        a resumed run rounds as an uninterrupted one, and all ranks alike; of the rank too where it
-        holds a part of its own."""
-        told = f"{self.seed} {step} {number}{f' {part}' * (part > 0)}".encode()
-        digest = hashlib.blake2b(told, digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+    def _key(self, step: int, number: int) -> int:
+        """Of the noise: a function of (seed, step, number of the parameter), as every random number
+        here, so that a resumed run rounds as an uninterrupted one, and all ranks alike."""
+        digest = hashlib.blake2b(f"{self.seed} {step} {number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big", signed=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bit for bit: torch's own would cast fp32 states to the dtype of the weights, bf16."""
@@ -150,7 +148,7 @@ def adam(
 
 def update_master(
     weight: Tensor, grad: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    step: int, group: dict, noise: torch.Generator,
+    step: int, group: dict,
 ) -> None:  # fmt: skip
     adam(master, grad, exp_avg, exp_avg_sq, step, group)
     weight.copy_(master)
@@ -158,16 +156,39 @@ def update_master(
 
 def update_rounding(
     weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-    step: int, group: dict, noise: torch.Generator,
+    step: int, group: dict, noise: Tensor,
 ) -> None:  # fmt: skip
+    """noise: random bits, as many numbers as there are weights."""
     stored = weight, exp_avg, exp_avg_sq
     w, m, v = (x.float() for x in stored)
     adam(w, grad.float(), m, v, step, group)
-    # 48 random bits a number: 16 for each of the three.
-    bits = torch.empty(w.shape, dtype=torch.int64, device=w.device)
-    bits.random_(0, 2**48, generator=noise)
-    for i, (into, x) in enumerate(zip(stored, (w, m, v))):
-        into.copy_(round_stochastically(x, (bits >> 16 * i).bitwise_and_(0xFFFF)))
+    for i, (into, x) in enumerate(zip(stored, (w, m, v))):  # 16 bits for each of the three
+        into.copy_(round_stochastically(x, (noise >> 16 * i).bitwise_and_(0xFFFF)))
+
+
+def places(p: Tensor, first: int) -> Tensor:
+    """Where in the whole parameter the numbers from the first on, at most SLICE of them, stand
+    that this rank holds."""
+    last = min(first + SLICE, parallel.local(p).numel())
+    place = torch.arange(first, last, device=p.device)
+    if not isinstance(p, DTensor):
+        return place
+    index, stride = torch.zeros_like(place), 1
+    for part, size in zip(reversed(parallel.local_region(p)), reversed(p.shape)):
+        length = part.stop - part.start
+        index += (place % length + part.start) * stride
+        place, stride = place // length, stride * size
+    return index
+
+
+def random_bits(key: int, place: Tensor) -> Tensor:
+    """64 bits for each place, a function of both alone (splitmix64: Steele et al. 2014): the noise
+    is the same on any device and however a parameter is spread. Overwrites `place`."""
+    x = place.mul_(-0x61C8864680B583EB).add_(key)
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x ^= (x >> shift).bitwise_and_(2 ** (64 - shift) - 1)  # >> of int64 keeps the sign
+        x *= factor
+    return x ^ (x >> 31).bitwise_and_(2**33 - 1)
 
 
 def round_stochastically(x: Tensor, noise: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model import Transformer
+from runtime.tensor_parallel import least
 
 
 class Pages:
@@ -41,7 +42,8 @@ class Pages:
     def fitting(self) -> int:
         """As many pages as fill four fifths of the GPU's free memory."""
         one = self.model.new_cache(1, self.Y)
-        return torch.cuda.mem_get_info(one.device)[0] * 4 // 5 // (one.numel() * one.element_size())
+        free = torch.cuda.mem_get_info(one.device)[0] * 4 // 5
+        return least(self.model, free // (one.numel() * one.element_size()))
 
     def reserve(self, slot: int, length: int) -> bool:
         """Make room for so many tokens in the slot; False where no page is left."""

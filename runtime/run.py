@@ -25,12 +25,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: runs are not locked
+    fcntl = None
+
 from runtime import parallel
-from runtime.checkpoint import latest, load_state, save_state
+from runtime.checkpoint import finish_saving, latest, load_state, save_state
 from runtime.flags import UserError, flag, parse
 from runtime.launch import (
     Diverged, ask_to_stop, check_finite, launch, pick_device, stop, usable_dtype,
@@ -42,8 +47,11 @@ __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "pa
            "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
 
 # On --resume.
-FREE_TO_CHANGE = ("out", "resume", "device", "threads", "ep", "recompute", "offload", "dry_run",
-                  "gpu_memory", "timeout")  # fmt: skip
+FREE_TO_CHANGE = ("out", "resume", "device", "threads", "ep", "tp", "recompute", "offload",
+                  "dry_run", "gpu_memory", "timeout")  # fmt: skip
+
+# The files of the locks that this process holds: to close one, wherever, would give its lock back.
+_locks: dict[Path, IO] = {}
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -65,7 +73,7 @@ def run_command(arguments: list[str], run: "Run") -> bool:
     print(f"+ {shown}", flush=True)
     program = Path(__file__).parent.parent / arguments[0]
     command = [sys.executable, str(program), *arguments[1:]]
-    begin = _end_with_parent if sys.platform == "linux" else None
+    begin = end_with_parent if sys.platform == "linux" else None
     child = subprocess.Popen(command, preexec_fn=begin)
     while child.poll() is None:
         if stop.signal and not stop.passed_on:
@@ -77,11 +85,39 @@ def run_command(arguments: list[str], run: "Run") -> bool:
     return child.returncode == 0 and not run.stopping
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the child: end when the parent does, even where that is killed."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def lock(out: Path, wait: float = 5.0) -> None:
+    """Keep other processes from writing to this run until this one ends, however it ends. Programs
+    that it starts don't hold the lock. wait: seconds, for one that torchrun replaces may still be
+    ending. Raises UserError where another process has it."""
+    if fcntl is None or out.resolve() in _locks:
+        return
+    file = (out / ".lock").open("a+")
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip()
+                raise UserError(
+                    f"another process (pid {holder}) is writing to {out}: wait for it, or give"
+                    " another --out"
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system that has no locks
+            break
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    _locks[out.resolve()] = file
 
 
 class Timer:
@@ -107,6 +143,9 @@ class Run:
         self.metrics = self.out / "metrics.jsonl"
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run
         self._recent: dict[str, Timer] = {}  # by phase, since the last `timing()`
+        self._inside: list[Timer] = []  # the phases that it is in, the innermost last
+        self._since = (0.0, 0.0)  # when the innermost began to count, and parallel.seconds then
+        self._told = parallel.seconds  # of which `timing()` has told
         self._saved: dict[str, int] = {}  # by phase, the step of the last checkpoint
         self._how = "the same command" if resume is None else "--resume"
         self._file = None
@@ -141,6 +180,7 @@ class Run:
         elif resume:
             print(f"{self.out}: no run to resume; starting one", file=sys.stderr)
         self.out.mkdir(parents=True, exist_ok=True)
+        lock(self.out)
         self.save_json("config.json", config)
         self._keep(lambda line: True)
 
@@ -188,24 +228,43 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Timer]:
-        """Time a passage: `with run.phase("rollout") as timer: ...; timer.tokens += n`."""
+        """Time a passage: `with run.phase("rollout") as timer: ...; timer.tokens += n`. What is
+        counted in a phase inside it, or as communication, is not counted in this one."""
         timer = Timer()
-        _forget_peak()
-        start = _now()
+        self._count()
+        self._inside.append(timer)
         try:
             yield timer
         finally:
-            timer.seconds = _now() - start
+            self._count()
+            self._inside.pop()
             recent = self._recent.setdefault(name, Timer())
-            recent.peak_mb = max(recent.peak_mb, _peak_mb())
+            recent.peak_mb = max(recent.peak_mb, timer.peak_mb)
             recent.seconds += timer.seconds
             recent.tokens += timer.tokens
             self.seconds[name] += timer.seconds
 
+    def _count(self) -> None:
+        """Give the innermost phase what has passed since this was last called."""
+        now, talked = _now(), parallel.seconds
+        if self._inside:
+            timer, (before, talked_before) = self._inside[-1], self._since
+            timer.seconds += now - before - (talked - talked_before)
+            timer.peak_mb = max(timer.peak_mb, _peak_mb())
+        _forget_peak()
+        self._since = now, talked
+
     def timing(self) -> dict[str, float]:
-        """For `log`: seconds, tokens per second and peak memory, by phase, since the last call."""
+        """For `log`: seconds, tokens per second and peak memory of this rank by phase, since the
+        last call. Where there are several, `seconds_communication` has what rank 0 spent in the
+        collectives of parallel.py, in a phase or not, with what it waited for the others; those
+        that FSDP makes within forward and backward are counted there."""
         recent, self._recent = self._recent, {}
         numbers = {}
+        if parallel.world_size() > 1:
+            talked, self._told = parallel.seconds - self._told, parallel.seconds
+            numbers["seconds_communication"] = round(talked, 4)
+            self.seconds["communication"] += talked
         for name, timer in recent.items():
             numbers[f"seconds_{name}"] = round(timer.seconds, 4)
             numbers[f"peak_mb_{name}"] = round(timer.peak_mb, 1)
@@ -216,6 +275,7 @@ class Run:
     def resume(self, phase: str, parts: dict[str, Any]) -> int:
         """Load the phase's newest checkpoint into `parts`, models and optimizers by name, and drop
         the lines logged after it; how many steps it has seen (0 where there is none)."""
+        finish_saving()
         directory = self.checkpoints(phase)
         done = latest(directory) or 0
         if done:
@@ -231,12 +291,14 @@ class Run:
 
     def goes_on(self, phase: str, done: int, parts: dict[str, Any], every: int) -> bool:
         """After each step: save if `every` steps have been done since the last time, or if Ctrl-C
-        was pressed, and return False in the latter case."""
+        was pressed, and return False in the latter case. Saves are written while training goes on;
+        that of Ctrl-C, and one with every=1, as at the end of a phase, are waited for."""
         stopping = self.stopping
+        finish_saving(wait=False)
         if stopping or done - self._saved.get(phase, 0) >= every:
             self._saved[phase] = done
             saved = {name: part.state_dict() for name, part in parts.items()}
-            save_state(self.checkpoints(phase), done, saved)
+            save_state(self.checkpoints(phase), done, saved, wait=stopping or every == 1)
         if stopping and parallel.is_main():
             print(f"saved after step {done} ({phase}); {self._how} continues", file=sys.stderr)
         return not stopping

@@ -18,6 +18,7 @@ It is no part of the method. Read next: checkpoint.py.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import kernels
 from model import Config, Experts, Transformer
-from runtime import parallel
+from runtime import memory, parallel
 from runtime.flags import UserError
+from runtime.tensor_parallel import check_tp, cut_across, part_of
 
 NOTHING, PASS, GRADIENTS = range(3)  # what a rank does with the model
 
@@ -50,6 +52,7 @@ class Spread:
     device: str
     world: DeviceMesh
     grid: DeviceMesh  # dp, ep
+    tp: int = 0  # how many ranks sample together, each with a part of every matrix
     together: dist.ProcessGroup | None = None  # who runs the model in step now
 
     @property
@@ -59,7 +62,8 @@ class Spread:
     def tell(self, doing: int) -> int:
         """The most that a rank does: nothing any more, a pass without gradients, one with them."""
         most = torch.tensor(doing)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.together)
+        with parallel.communicating():
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.together)
         return int(most)
 
 
@@ -70,17 +74,27 @@ def meshes(device: str, ep: int) -> tuple[DeviceMesh, DeviceMesh]:
     return init_device_mesh(device, (world,)), grid
 
 
-def shard(model: Transformer, ep: int = 1, device: torch.device | str = "cpu") -> Transformer:
+def shard(
+    model: Transformer, ep: int | None = 1, device: torch.device | str = "cpu",
+    states: str | None = "master", tp: int = 0,
+) -> Transformer:  # fmt: skip
     """Spread a model, whose weights may still be on the meta device, in the dtype that they will
     have; on one process it stays as it is. Optimizers are made afterwards.
 
-    ep: how many ranks share the experts out; 0: nothing is spread. Raises UserError where ranks,
-    experts and ep don't fit.
+    ep: how many ranks share the experts out; 0: nothing is spread; None: as its size asks for
+    (`default_ep`). states: of the optimizer of a model in bf16; None: it won't be trained. tp: how
+    many ranks sample together (tensor_parallel.py); with ep=0 the model is for sampling alone.
+    Raises UserError where ranks, experts and ep, or heads and tp, don't fit.
     """
-    check_grid(model.config, ep)
+    check_grid(model.config, ep, tp)
+    if tp > 1 and ep == 0:
+        cut_across(model, tp, torch.device(device).type)
+        return model
+    if ep is None:
+        ep = 1 if tp > 1 else choose_ep(model, device, states)
     if parallel.world_size() == 1 or ep == 0:
         return model
-    spread = Spread(torch.device(device).type, *meshes(torch.device(device).type, ep))
+    spread = Spread(torch.device(device).type, *meshes(torch.device(device).type, ep), tp)
     summed_in = torch.promote_types(model.lm_head.weight.dtype, torch.float32)
     policy = MixedPrecisionPolicy(reduce_dtype=summed_in, cast_forward_inputs=False)
     cut = partial(fully_shard, mp_policy=policy)
@@ -102,20 +116,60 @@ def shard(model: Transformer, ep: int = 1, device: torch.device | str = "cpu") -
     return model
 
 
-def check_grid(config: Config, ep: int) -> None:
+def check_grid(config: Config, ep: int | None, tp: int = 0) -> None:
     """Raises UserError where the model can't be spread so over these processes."""
+    check_tp(config, tp)
+    if reason := misfit(config, ep or 0):
+        raise UserError(reason)
+
+
+def misfit(config: Config, ep: int) -> str:
+    """Why the model can't be spread so; empty where it can."""
     world, experts = parallel.world_size(), config.n_routed_experts
     if ep < 0 or ep > 0 and world % ep:
-        raise UserError(f"--ep {ep}: must divide the number of processes, {world}")
+        return f"--ep {ep}: must divide the number of processes, {world}"
     if ep > 1 and (experts is None or experts % ep):
         has = "is dense" if experts is None else f"has {experts} experts"
-        raise UserError(f"--ep {ep}: must divide the number of experts, and the model {has}")
+        return f"--ep {ep}: must divide the number of experts, and the model {has}"
     sizes = config.moe_intermediate_size, config.hidden_size
     if ep > 1 and any(size % (world // ep) for size in sizes):
-        raise UserError(
+        return (
             f"--ep {ep} leaves {world // ep} processes to cut each expert, whose sizes"
             f" {sizes[0]} and {sizes[1]} can't be divided by that; give another --ep"
         )
+    return ""
+
+
+def default_ep(config: Config, size: int, room: float, local: int) -> int:
+    """0, the whole model on each of several processes, where its `size` is at most half of the
+    `room` that a process has, both in bytes: caches and activations need the rest. Otherwise it is
+    spread, the experts over as many of a node's `local` processes as divide both."""
+    if parallel.world_size() == 1 or 2 * size <= room:
+        return 0
+    return next(n for n in range(local, 0, -1) if local % n == 0 and not misfit(config, n))
+
+
+def choose_ep(model: Transformer, device: torch.device | str, states: str | None) -> int:
+    """`default_ep` of a model on these processes, the same on all; a line says so where it is
+    spread."""
+    each = memory.bytes_each(model.lm_head.weight.dtype, states)
+    size = each * model.num_parameters(mtp=True)
+    found = parallel.gather_list([(memory.process_memory(device), memory.local_processes())])
+    room, local = min(room for room, _ in found), math.gcd(*(local for _, local in found))
+    ep = default_ep(model.config, size, room, local)
+    if ep and parallel.is_main():
+        kinds = "weights" if states is None else "weights, gradients and optimizer states"
+        say(
+            f"{size / 1e9:.1f} GB of {kinds}, more than half of the {room / 1e9:.1f} GB that a"
+            f" process has: spread over {parallel.world_size()} processes, --ep {ep}"
+        )
+    return ep
+
+
+@cache
+def say(line: str) -> None:
+    """Print it once, of however many models."""
+    print(line)
 
 
 def pieces(model: nn.Module) -> list[FSDPModule]:
@@ -192,30 +246,35 @@ def hidden_in_step(spread: Spread, hidden: Callable, *args, **kwargs):
 
 
 @contextmanager
-def in_step(model: Transformer, mtp: bool = False) -> Iterator[None]:
+def in_step(model: nn.Module, nothing: Callable[[], Tensor] | None = None) -> Iterator[None]:
     """Within, each rank runs the model as often as it likes, each time forward and, where gradients
     are on, backward. A rank that has finished runs it on nothing until all have.
 
-    mtp: each time with the multi-token prediction.
+    nothing: a loss, which will count 0, over the same parameters as the ranks' own: all have to sum
+    the same gradients. None: a token's log-probability.
     """
     spread = getattr(model, "spread", None)
     if spread is None:
         yield
         return
-    with together(model, spread.world.get_group(), mtp):
+    with together(model, spread.world.get_group(), nothing):
         yield
     for piece in pieces(model):
         piece.reshard()
 
 
 @contextmanager
-def gathered(model: Transformer) -> Iterator[None]:
-    """Within, each rank holds all weights but those of other ranks' experts, and runs the model
-    without gradients as often as it likes: for sampling. Without expert parallelism no rank waits
-    for another."""
+def gathered(model: Transformer) -> Iterator[Transformer]:
+    """Within, the model that is given back is run without gradients: for sampling. Each rank holds
+    all weights but those of other ranks' experts, and runs it as often as it likes; without expert
+    parallelism no rank waits for another. With tensor parallelism it is this rank's part of the
+    model, and a group's ranks run it together."""
     spread = getattr(model, "spread", None)
     if spread is None:
-        yield
+        yield model
+        return
+    if spread.tp > 1:
+        yield part_of(model, spread.tp, spread.device)
         return
     root, *inner = pieces(model)
     for piece in (root, *inner):
@@ -224,7 +283,7 @@ def gathered(model: Transformer) -> Iterator[None]:
     try:
         group = spread.grid["ep"].get_group() if spread.ep > 1 else None
         with together(model, group):
-            yield
+            yield model
     finally:
         for piece in inner:
             piece.set_reshard_after_forward(True, recurse=False)
@@ -234,15 +293,17 @@ def gathered(model: Transformer) -> Iterator[None]:
 
 def repeatable(model: nn.Module) -> bool:
     """Whether a step of the sampler does the same each time and may be recorded: not where tokens
-    travel, for their number changes."""
+    travel, for their number changes, and not where ranks sum, which no recording on a CPU can (on
+    GPUs a CUDA graph might; it was not tried)."""
     spread = getattr(model, "spread", None)
-    return spread is None or spread.ep == 1
+    return (spread is None or spread.ep == 1) and not hasattr(model, "group")
 
 
 @contextmanager
 def together(
-    model: Transformer, group: dist.ProcessGroup | None, mtp: bool = False
-) -> Iterator[None]:
+    model: nn.Module, group: dist.ProcessGroup | None,
+    nothing: Callable[[], Tensor] | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Within, the ranks of a group run the model equally often. Where one fails it doesn't wait for
     the others: torchrun ends them."""
     spread = model.spread
@@ -253,24 +314,26 @@ def together(
         while group is not None and (doing := spread.tell(NOTHING)):
             spread.together = None
             with torch.set_grad_enabled(doing == GRADIENTS):
-                run_on_nothing(model, mtp)
+                run_on_nothing(model, nothing)
             spread.together = group
     finally:
         spread.together = None
 
 
-def run_on_nothing(model: Transformer, mtp: bool) -> None:
-    """Forward and backward over a token whose loss counts 0."""
+def run_on_nothing(model: nn.Module, nothing: Callable[[], Tensor] | None) -> None:
+    """Forward and, where gradients are on, backward, with a loss that counts 0."""
+    if nothing is not None:
+        loss = nothing()
+        if torch.is_grad_enabled():
+            (0 * loss.sum()).backward()
+        return
     tokens_BT = torch.zeros(1, 3, dtype=torch.long, device=model.spread.device)
     positions_BT = torch.arange(3, device=tokens_BT.device)[None]
     if not torch.is_grad_enabled():
         model.hidden(tokens_BT[:, :1], positions_BT[:, :1])
         return
-    logprobs_N, _, hidden_BTD, _ = model.logprobs(tokens_BT, positions_BT, positions_BT == 1)
-    loss = 0 * logprobs_N.sum()
-    if mtp:
-        loss = loss + 0 * model.predict_second_next(hidden_BTD, tokens_BT, positions_BT)[0].sum()
-    loss.backward()
+    logprobs_N, *_ = model.logprobs(tokens_BT, positions_BT, positions_BT == 1)
+    (0 * logprobs_N.sum()).backward()
 
 
 # ---- training and state --------------------------------------------------------------------------
@@ -279,17 +342,17 @@ def run_on_nothing(model: Transformer, mtp: bool) -> None:
 @torch.no_grad()
 def clip_grad_norm(parameters: Sequence[Tensor], limit: float) -> float:
     """nn.utils.clip_grad_norm_, for parameters that are spread in different ways too; the norm
-    before clipping. Each rank adds the squares of its parts."""
+    before clipping. Each rank adds the squares of its parts; of what all have whole, the same on
+    each, the first does."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if not any(isinstance(grad, DTensor) for grad in grads):
         return float(nn.utils.clip_grad_norm_(parameters, limit))
-    assert all(isinstance(grad, DTensor) for grad in grads), "some gradients are spread, some not"
-    grads = [grad.to_local() for grad in grads]
-    squares = sum(torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in grads)
-    norm = parallel.all_sum(float(squares)) ** 0.5
+    own = [g for g in grads if isinstance(g, DTensor) or parallel.is_main()]
+    norms = [torch.linalg.vector_norm(parallel.local(g), dtype=torch.float64) for g in own]
+    norm = parallel.all_sum(float(sum(norm**2 for norm in norms))) ** 0.5
     if not norm < limit:  # NaN too, as torch does
         for grad in grads:
-            grad.mul_(limit / (norm + 1e-6))
+            parallel.local(grad).mul_(limit / (norm + 1e-6))
     return norm
 
 
@@ -300,7 +363,7 @@ def twin(model: Transformer) -> Transformer:
         return copy.deepcopy(model)
     with torch.device("meta"):
         other = Transformer(model.config).to(model.lm_head.weight.dtype)
-    shard(other, spread.ep, spread.device)
+    shard(other, spread.ep, spread.device, tp=spread.tp)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, p in model.named_parameters():
         state[name] = nn.Parameter(state[name], p.requires_grad)

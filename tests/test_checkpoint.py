@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 import time
 import warnings
 from multiprocessing.connection import Connection
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,11 +24,13 @@ from model import Config, Transformer
 from runtime.configs import from_json
 from runtime import pretrained
 from runtime.checkpoint import (
+    finish_saving,
     latest,
     load_pretrained,
     load_state,
     save_pretrained,
     save_state,
+    saving,
     step_path,
 )  # fmt: skip
 from runtime.flags import UserError
@@ -446,6 +450,67 @@ def test_a_state_save_that_fails_leaves_the_former_checkpoint_and_no_rest(tmp_pa
         save_state(tmp_path, 2, {"a": torch.ones(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
     assert load_state(tmp_path, 1, {})["a"].tolist() == [1, 1, 1]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Nothing is written before this event."""
+    event, real = threading.Event(), dcp.save
+
+    def slow(*args, **options):
+        event.wait()
+        return real(*args, **options)
+
+    monkeypatch.setattr(dcp, "save", slow)
+    yield event
+    event.set()
+    finish_saving()
+
+
+def test_what_is_saved_while_training_goes_on_is_the_state_at_the_call(tmp_path, slow_disk):
+    parts, expected = training(), training()
+    steps(parts, 1, 2)
+    steps(expected, 1, 2)
+    save_state(tmp_path, 2, states(parts), wait=False)
+    steps(parts, 3, 4)
+    for tensor in parts["model"].state_dict().values():
+        tensor.fill_(7)
+    assert saving() and latest(tmp_path) is None
+    slow_disk.set()
+    finish_saving()
+    assert not saving() and latest(tmp_path) == 2
+    assert equal(load_state(tmp_path, 2, states(training())), states(expected))
+
+
+def test_one_save_waits_for_the_one_before_which_is_kept_until_the_next_is_complete(
+    tmp_path, slow_disk
+):
+    save_state(tmp_path, 1, {"a": torch.ones(3)}, keep=1, wait=False)
+    threading.Timer(0.3, slow_disk.set).start()
+    save_state(tmp_path, 2, {"a": torch.ones(3)}, keep=1, wait=False)
+    assert slow_disk.is_set() and latest(tmp_path) in (1, 2)
+    finish_saving()
+    slow_disk.clear()
+    save_state(tmp_path, 3, {"a": torch.ones(3)}, keep=1, wait=False)
+    assert latest(tmp_path) == 2
+    slow_disk.set()
+    finish_saving()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_what_a_save_in_the_background_fails_of_is_raised_once_and_later(tmp_path, monkeypatch):
+    save_state(tmp_path, 1, {"a": torch.ones(3)})
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        save_state(tmp_path, 2, {"a": torch.ones(3)}, wait=False)
+        with pytest.raises(OSError, match="No space left"):
+            finish_saving()
+    finish_saving()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
 @pytest.fixture

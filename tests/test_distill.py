@@ -4,6 +4,7 @@ A random teacher is never right, so a coin (a hash of the text) stands in for th
 clock that ticks with the work stands in for the CPU's, so that what is compared is the same twice.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -117,15 +118,18 @@ def process(*argv) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def tiny(path: Path, tokenizer: Tokenizer, seed: int, **changes) -> Path:
-    """A small dense model with random weights."""
+def tiny(
+    path: Path, tokenizer: Tokenizer, seed: int, preset: str = "toy-student",
+    dtype: torch.dtype = torch.float32, **changes,
+) -> Path:  # fmt: skip
+    """A small model, dense by default, with random weights."""
     torch.manual_seed(seed)
     settings = dict(
         vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
     )  # fmt: skip
-    config = ModelConfig.preset("toy-student", **{**settings, **changes})
-    save_pretrained(Transformer(config), path, tokenizer_files=tokenizer.files())
+    config = ModelConfig.preset(preset, **{**settings, **changes})
+    save_pretrained(Transformer(config).to(dtype), path, tokenizer_files=tokenizer.files())
     return path
 
 
@@ -461,6 +465,42 @@ def test_two_processes_make_the_same_dataset_and_both_students(whole, pair, tmp_
     for name in ("distilled", "rl"):
         a, b = (load_file(out / name / "model.safetensors") for out in (whole, tmp_path / "run"))
         assert all(torch.allclose(a[key], b[key], atol=1e-2) for key in a)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_teachers_experts_out_and_both_students_are_as_alone(
+    pair, tmp_path
+):
+    shape = dict(preset="toy", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
+                 v_head_dim=8, n_routed_experts=4, moe_intermediate_size=8)  # fmt: skip
+    tokenizer = Tokenizer.toy(bilingual=True)
+    teacher = tiny(tmp_path / "teacher", tokenizer, 0, dtype=torch.float64, **shape)
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = [*WHOLE, *pair, "--teacher", teacher, "--samples", "40", "--dtype", "float64"]
+    arguments += ["--epochs", "1", "--ep"]
+    assert controlled_start(*arguments, "0", "--out", one) == 0
+    program = tmp_path / "program.py"
+    program.write_text(HERE + "sys.exit(test_distill.controlled_start(*sys.argv[1:]))")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    done = process(*launcher, *arguments, "2", "--out", two)
+    assert done.returncode == 0, done.stderr
+    assert (one / "dataset.jsonl").read_bytes() == (two / "dataset.jsonl").read_bytes()
+    for name in ("distilled", "rl"):
+        a, b = (load_file(out / name / "model.safetensors") for out in (one, two))
+        assert max((a[key] - b[key]).abs().max() for key in a) < 1e-9
+
+
+def test_experts_are_shared_out_only_by_what_has_experts(teacher, pair, tmp_path, monkeypatch):
+    flags = [*WHOLE, *pair, "--out", tmp_path / "run", "--ep", "2"]
+    monkeypatch.setattr(distill.parallel, "world_size", lambda: 2)
+    dense = distill.shape_of(str(teacher))
+    config = parse(distill.Config, distill.PRESETS, [str(flag) for flag in flags])
+    assert distill.ep_of(config, ModelConfig.preset("toy")) == 2
+    assert distill.ep_of(config, dense) == 1
+    with pytest.raises(distill.UserError, match="--ep 2: .* the model is dense"):
+        distill.prepare(config)  # neither the teacher nor the student
+    for ep in (None, 0, 1):
+        assert distill.ep_of(dataclasses.replace(config, ep=ep), dense) == ep
 
 
 # --- mistakes

@@ -38,8 +38,10 @@ from sample import Output
 
 LETTERS = "$abcdefgh"  # token i is the i-th letter; $ ends an output, and 0 is what pads a row too
 TOKENIZER = SimpleNamespace(
-    stop_ids=(0,), template="toy", tags=True,
-    decode=lambda tokens: "".join(LETTERS[token] for token in tokens)
+    stop_ids=(0,),
+    template="toy",
+    tags=True,
+    decode=lambda tokens: "".join(LETTERS[token] for token in tokens),
 )
 MOE = Config.preset(
     "toy", vocab_size=len(LETTERS), hidden_size=12, intermediate_size=16, num_hidden_layers=2,
@@ -508,7 +510,8 @@ def test_metrics_by_hand():
     batch = Rollout(
         [0, 1, 2], problems, [[1]] * 3, outputs, texts, rewards_PG, group_advantages(rewards_PG)
     )
-    metrics = describe(batch)
+    describe(batch)
+    metrics = batch.metrics
     assert metrics.pop("by_level") == {"3": 2 / 4, "5": 0.0}
     assert metrics == pytest.approx(dict(
         reward=2.6 / 6,
@@ -529,7 +532,10 @@ def test_a_group_that_differs_by_rounding_only_has_no_signal():
     batch = Rollout(
         [0], [problem()], [[1]], outputs, [BARE] * 2, rewards_PG, group_advantages(rewards_PG)
     )
-    assert describe(batch)["groups_without_signal"] == 1
+    describe(batch)
+    assert batch.metrics["groups_without_signal"] == 1 and batch.lengths.keys() == set(
+        batch.numbers
+    )
 
 
 # --- the layout

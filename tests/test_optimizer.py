@@ -416,7 +416,7 @@ def test_a_visitor_takes_memory_of_the_gpu_only_within():
 @pytest.mark.gpu
 @MODES
 def test_a_gpu_takes_the_steps_of_a_cpu(states):
-    """But for the noise, which another generator makes: rounding differs by a step of bf16."""
+    """But for the last bit in fp32: the same noise may round it to another step of bf16."""
     here, there = parameters(), [nn.Parameter(p.detach().cuda()) for p in parameters()]
     ours, theirs = AdamW(here, 0.01, states=states), AdamW(there, 0.01, states=states)
     for p, q in zip(here, there):

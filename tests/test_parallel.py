@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from runtime import parallel
-from runtime.checkpoint import load_state
+from runtime.checkpoint import latest, load_state
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -52,12 +52,15 @@ def gradients(model: nn.Module) -> dict:
 
 
 WORKER = """
-import json, sys
+import json, sys, time
 from types import SimpleNamespace
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from runtime import parallel
-from runtime.checkpoint import latest, load_state, save_state
-from runtime.run import launch
+from runtime.checkpoint import finish_saving, latest, load_state, save_state
+from runtime.run import Run, launch
+from runtime.flags import Machine
 sys.path.insert(0, sys.argv[1])
 from test_parallel import LENGTHS, backward, batch, gradients, toy
 
@@ -84,6 +87,25 @@ def main(config):
         save_state(directory, step, {"model": model.state_dict(), "step": step})
     state = load_state(directory, latest(directory), {"model": toy(seed=7).state_dict()})
     out["loaded"] = {name: t.tolist() for name, t in state["model"].items()}
+
+    mesh = init_device_mesh("cpu", (2,))
+    spread = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
+    alike = torch.ones(3)
+    for step in (1, 2):  # the second waits for the first
+        save_state(directory + "2", step, {"spread": spread, "alike": alike}, wait=False)
+        spread.mul_(10)
+        alike.mul_(10)
+    out["while saving"] = parallel.all_sum(1)
+    finish_saving()
+    state = load_state(directory + "2", 2, {"spread": spread, "alike": alike})
+    out["saved"] = [parallel.whole(state["spread"]).tolist(), state["alike"].tolist()]
+
+    run = Run(sys.argv[2] + "/run", Machine())
+    run.timing()
+    with run.phase("work"):
+        time.sleep(rank)
+        parallel.barrier()
+    out["timing"] = run.timing()
     with open(f"{sys.argv[2]}/rank{rank}.json", "w") as file:
         json.dump(out, file)
     parallel.barrier()
@@ -173,6 +195,21 @@ def test_a_state_saved_on_two_ranks_is_read_on_two_and_on_one(two_ranks):
     assert [out["loaded"] for out in outs] == [expected, expected] and state["step"] == 3
     kept = sorted(path.name for path in (place / "checkpoints").iterdir())
     assert kept == ["step_000002", "step_000003"]
+
+
+def test_a_state_is_saved_while_the_ranks_go_on_and_change_it(two_ranks):
+    for out in two_ranks.outs:
+        assert out["while saving"] == 2
+        assert out["saved"] == [[10.0 * i for i in range(8)], [10.0] * 3]
+    directory = two_ranks.place / "checkpoints2"
+    again = load_state(directory, latest(directory), {})
+    assert again["spread"].tolist() == [10.0 * i for i in range(8)]
+
+
+def test_what_a_rank_waits_for_another_is_communication_and_not_its_phase(two_ranks):
+    first, second = (out["timing"] for out in two_ranks.outs)
+    assert first["seconds_communication"] > 0.5 > first["seconds_work"]
+    assert second["seconds_work"] >= 1
 
 
 def test_a_rank_that_fails_takes_the_job_down_and_says_why(tmp_path):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from runtime import checkpoint, parallel
 from runtime import launch as launching
 from runtime import run as running
 from runtime.checkpoint import save_state
@@ -265,6 +267,26 @@ def test_a_phase_adds_up_seconds_and_tokens(tmp_path, monkeypatch):
     assert run.timing()["seconds_rollout"] == 4.0 and run.seconds == {"rollout": 9.0}
 
 
+def test_seconds_of_a_phase_inside_another_and_of_communication_are_counted_once(
+    tmp_path, monkeypatch
+):
+    clock = iter([0.0, 2.0, 7.0, 10.0])
+    monkeypatch.setattr(running, "_now", lambda: next(clock))
+    run = Run(tmp_path, Config())
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    with run.phase("rollout") as outer:
+        monkeypatch.setattr(parallel, "seconds", parallel.seconds + 0.5)
+        with run.phase("reward") as inner:
+            monkeypatch.setattr(parallel, "seconds", parallel.seconds + 1.0)
+        inner.tokens += 8
+    monkeypatch.setattr(parallel, "seconds", parallel.seconds + 3.0)  # between phases
+    assert (outer.seconds, inner.seconds) == (4.5, 4.0)
+    seconds = {"seconds_rollout": 4.5, "seconds_reward": 4.0, "seconds_communication": 4.5}
+    assert {k: v for k, v in run.timing().items() if k.startswith("seconds_")} == seconds
+    assert run.seconds == {key.removeprefix("seconds_"): value for key, value in seconds.items()}
+    assert run.timing() == {"seconds_communication": 0.0}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets the peak begin anew")
 def test_each_phase_has_a_peak_of_memory_of_its_own(tmp_path):
     run = Run(tmp_path, Config())
@@ -427,6 +449,69 @@ def test_a_second_ctrl_c_quits_where_it_is(tmp_path):
     with pytest.raises(SystemExit) as exit:
         launch(main, SimpleNamespace())
     assert exit.value.code == 130
+
+
+def full_disk(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_a_save_in_the_background_ends_the_run_with_the_usual_line(
+    tmp_path, monkeypatch, capsys
+):
+    """At the next step, or at the end where no other follows."""
+    for steps_after in (True, False):
+        goes_on = []
+
+        def main(config):
+            run, parts = (
+                Run(tmp_path / str(steps_after), Config()),
+                {"model": torch.nn.Linear(2, 2)},
+            )
+            monkeypatch.setattr(os, "fsync", full_disk)
+            goes_on.append(run.goes_on("rl", 2, parts, every=2))
+            while checkpoint.saving():
+                time.sleep(0.01)
+            monkeypatch.undo()
+            if steps_after:
+                goes_on.append(run.goes_on("rl", 3, parts, every=2))
+
+        code, err = ended(main, capsys)
+        assert code == 1 and "the disk is full; free some space, then --resume" in err
+        assert goes_on == [True]
+
+
+@pytest.mark.parametrize("stopped, every", [(True, 100), (False, 1)])
+def test_the_save_of_ctrl_c_and_that_at_the_end_of_a_phase_are_waited_for(
+    tmp_path, monkeypatch, stopped, every
+):
+    run, parts = Run(tmp_path, Config()), {"model": torch.nn.Linear(2, 2)}
+    launching.stop.signal = signal.SIGINT if stopped else 0
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (time.sleep(0.2), real(handle)))
+    assert run.goes_on("rl", 5, parts, every=every) is not stopped
+    assert checkpoint.latest(run.checkpoints("rl")) == 5 and not checkpoint.saving()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path, monkeypatch):
+    """Python would, before it ends."""
+    release, real = threading.Event(), os.fsync
+
+    def exit_at_once(code):
+        raise RuntimeError(f"exit {code}")
+
+    def main(config):
+        run = Run(tmp_path, Config())
+        monkeypatch.setattr(os, "fsync", lambda handle: (release.wait(), real(handle)))
+        run.goes_on("rl", 2, {"model": torch.nn.Linear(2, 2)}, every=2)
+        os.kill(os.getpid(), signal.SIGINT)
+        launching.stop.at -= 2  # two seconds later
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "_exit", exit_at_once)
+    with pytest.raises(RuntimeError, match="exit 130"):
+        launch(main, SimpleNamespace())
+    release.set()
+    checkpoint.finish_saving()
 
 
 RECIPE = """

@@ -109,20 +109,22 @@ def lines(out: Path, phase: str) -> list[dict]:
     return [line for line in rows(out / "metrics.jsonl") if line["phase"] == phase]
 
 
-def tiny(path: Path, tokenizer: Tokenizer, seed: int, **changes) -> Transformer:
+def tiny(
+    path: Path, tokenizer: Tokenizer, seed: int, preset: str = "toy-student", **changes
+) -> Transformer:  # fmt: skip
     torch.manual_seed(seed)
     settings = dict(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16,
                     num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1,
                     max_position_embeddings=1024)  # fmt: skip
-    model = Transformer(ModelConfig.preset("toy-student", **{**settings, **changes}))
+    model = Transformer(ModelConfig.preset(preset, **{**settings, **changes}))
     save_pretrained(model, path, tokenizer_files=tokenizer.files())
     return model
 
 
-def taught(path: Path, seed: int, steps: int) -> None:
+def taught(path: Path, seed: int, steps: int, **changes) -> None:
     """A model that answers any question with some digit, now and then in the other language."""
     tokenizer, rng = Tokenizer.toy(bilingual=True), random.Random(seed)
-    model = tiny(path, tokenizer, seed)
+    model = tiny(path, tokenizer, seed, **changes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     learn = sft.learn_answers(model, sft.Tuning(row_tokens=128), 4096)
     for step in range(steps):
@@ -174,8 +176,8 @@ def recorded(patch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.courses[options["phase"]] = course
         return real(policy, tokenizer, draw, reward, settings, course, *rest, **options)
 
-    def rollout(real, model, tokenizer, questions, reward, settings, **options):
-        batch = real(model, tokenizer, questions, reward, settings, **options)
+    def draw_outputs(real, model, tokenizer, questions, settings, *rest, **options):
+        batch = real(model, tokenizer, questions, settings, *rest, **options)
         told = SimpleNamespace(done=options["step"], settings=settings, batch=batch)
         seen.rollouts.setdefault(seen.phase, []).append(told)
         return batch
@@ -195,7 +197,7 @@ def recorded(patch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     spy(sft, "finetune", finetune)
     spy(grpo, "reinforce", reinforce)
-    spy(grpo, "rollout", rollout)
+    spy(grpo, "draw_outputs", draw_outputs)
     spy(grpo, "grpo_loss", grpo_loss)
     spy(grpo, "set_rates", set_rates)
     spy(sft, "set_rates", set_rates)
@@ -519,8 +521,8 @@ def test_what_is_scored_in_rl_is_laid_out_as_what_the_reward_models_learned_from
     text = f" {TELLS.replace('sorry .', 'yes .')} "  # as the policy writes it
     train_r1.score(model, lab, ["ask 0 ?"] * 2, [rewards.summary(text), f" {TELLS}"])
     assert shown[-1] == [ASKED.format(0, "yes ."), ASKED.format(0, TELLS)]
-    assert shown[:-1] == [[ASKED.format(0, "yes .")], [ASKED.format(0, "no")],
-                          [ASKED.format(0, TELLS)]]  # fmt: skip
+    pair = [ASKED.format(0, "yes ."), ASKED.format(0, "no")]  # in one pass
+    assert shown[:-1] == [pair, [ASKED.format(0, TELLS)]]
 
 
 def test_the_reward_models_are_the_base_and_learn_from_their_own_rows(whole):
@@ -814,6 +816,49 @@ def test_what_was_not_measured_is_not_claimed():
     assert not any("instruction" in claim for claim in claims) and len(claims) == 11
 
 
+# --- several processes
+
+
+EXPERTS = dict(preset="toy", kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8,
+               n_routed_experts=4, moe_intermediate_size=8, num_hidden_layers=2)  # fmt: skip
+
+
+def evaluated(out: Path) -> dict[str, float]:
+    """The numbers of all evaluations, and what the reward models were found to be."""
+    kept = [line for line in rows(out / "metrics.jsonl") if "held out" in line["phase"]]
+    found = {line["phase"]: line["right"] for line in kept}
+    for file in out.glob("evaluation_*.json"):
+        numbers = read(file)
+        for key, value in numbers.get("result", numbers).items():
+            if isinstance(value, float):
+                found[f"{file.name} {key}"] = value
+    return found
+
+
+def test_two_processes_that_share_the_experts_out_are_as_one(tmp_path):
+    zero, outs = tmp_path / "zero", (tmp_path / "one", tmp_path / "two")
+    taught(zero / "base", 1, 40, **EXPERTS)
+    taught(zero / "model", 2, 60, **EXPERTS)
+    fewer = ["--epochs", "1", "--questions-sft", "40", "--eval-problems", "3", "--batch", "16"]
+    arguments = [*TOY, *fewer, "--dtype", "float64", "--zero", zero, "--out"]
+    assert start(*arguments, outs[0]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = process(*launcher, ROOT / "train_r1.py", *arguments, outs[1], "--ep", "2")
+    assert done.returncode == 0, done.stderr
+    for name in ("dev1_samples", "dev3_samples", "dev3_judged", "dev3_sft"):
+        files = [out / f"{name}.jsonl" for out in outs]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    for name in MADE:
+        a, b = (load_file(out / name / "model.safetensors") for out in outs)
+        assert a.keys() == b.keys()
+        assert max((a[key] - b[key]).abs().max() for key in a) < 1e-9, name
+    for name in MADE[:2]:
+        a, b = (load_file(out / name / "reward_head.safetensors")["weight"] for out in outs)
+        assert a.abs().max() > 1e-3 and (a - b).abs().max() < 1e-9
+    assert evaluated(outs[0]) == pytest.approx(evaluated(outs[1]), abs=1e-9)
+    assert len(evaluated(outs[0])) > 50
+
+
 # --- killed, stopped, started again
 
 
@@ -877,7 +922,7 @@ def armed(out: Path, limits: dict[str, int]) -> None:
     ticking(sft.json, "dumps", often=45)  # in the middle of a chunk
     for module, name in ((sft, "update"), (grpo, "update"), (running, "save_state"),
                          (running, "write_file"), (sft, "write_file"), (pretrained, "_sync"),
-                         (Run, "log"), (grpo, "rollout"), (sft, "answers")):  # fmt: skip
+                         (Run, "log"), (grpo, "draw_outputs"), (sft, "answers")):  # fmt: skip
         ticking(module, name)
 
 
@@ -996,6 +1041,7 @@ def test_a_kill_after_a_line_of_metrics_leaves_no_line_twice(zero, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", log)
+        patch.setattr(launching, "saving", lambda: False)  # else it would end these tests too
         assert start(*flags) == 130
     assert len(lines(tmp_path / "run", phase)) == 1
     if phase.startswith("reward"):  # the second of them, and no further

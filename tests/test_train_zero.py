@@ -184,7 +184,7 @@ def test_every_update_says_what_explains_a_flat_reward(whole):
 def test_seconds_of_the_result_are_those_of_the_metrics(whole):
     seconds = json.loads((whole / "result.json").read_text())["seconds"]
     for name, phases in (("pretrain", ["pretrain"]), ("eval", ["evaluate"]),
-                         ("rl", ["rollout", "reference", "update"])):  # fmt: skip
+                         ("rl", ["rollout", "reward", "reference", "update"])):  # fmt: skip
         logged = sum(row.get(f"seconds_{phase}", 0) for row in lines(whole) for phase in phases)
         assert seconds[name] == pytest.approx(logged, abs=0.01)
 
@@ -295,7 +295,9 @@ def test_no_more_than_one_interval_is_lost_where_it_is_no_multiple_of_the_miniba
     real = running.save_state
     monkeypatch.setattr(
         running, "save_state",
-        lambda directory, step, state: (saved.append(step), real(directory, step, state)),
+        lambda directory, step, state, **options: (
+            saved.append(step), real(directory, step, state, **options)
+        ),
     )  # fmt: skip
     flags = ["--minibatches", "2", "--save-every", "3", "--steps", "12", "--eval-problems", "1"]
     assert start(*SMALL, *flags, "--model", base, "--out", tmp_path / "run") == 0
@@ -354,7 +356,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_stays(base, tmp_path, monk
 
 
 def test_each_rollout_asks_new_questions_in_the_template(base, tmp_path, monkeypatch):
-    asked, streams, real = [], [], grpo.rollout
+    asked, streams, real = [], [], grpo.draw_outputs
 
     def record(model, tokenizer, questions, *rest, **options):
         streams.append((options["seed"], options["step"]))
@@ -362,7 +364,7 @@ def test_each_rollout_asks_new_questions_in_the_template(base, tmp_path, monkeyp
         asked.append([(problem.question, tokenizer.decode(prompt)) for problem, prompt in pairs])
         return real(model, tokenizer, questions, *rest, **options)
 
-    monkeypatch.setattr(grpo, "rollout", record)
+    monkeypatch.setattr(grpo, "draw_outputs", record)
     run_from(base, tmp_path / "toy", "--steps", "6")
     questions = [question for batch in asked for question, _ in batch]
     assert len(asked) == 3 and len(set(questions)) == 6
@@ -489,13 +491,13 @@ def test_a_base_reads_and_is_examined_on_the_corpus_of_its_task(tmp_path, monkey
 def test_bilingual_chains_have_a_base_with_their_own_words_and_are_asked_in_both_languages(
     tmp_path, monkeypatch
 ):
-    asked, real = [], grpo.rollout
+    asked, real = [], grpo.draw_outputs
 
     def record(model, tokenizer, questions, *rest, **options):
         asked.extend(zip(questions.problems, questions.prompts))
         return real(model, tokenizer, questions, *rest, **options)
 
-    monkeypatch.setattr(grpo, "rollout", record)
+    monkeypatch.setattr(grpo, "draw_outputs", record)
     out = tmp_path / "run"
     flags = ["--preset", "bilingual", *WHOLE, "--minibatches", "1", "--out", out]
     assert start(*flags) == 0
