@@ -251,7 +251,7 @@ def main(config: Config) -> None:
     lab.assess("base", base)
     for name in ("distilled", "rl") if config.compare_rl else ("distilled",):
         directory = lab.run.out / name
-        if not directory.is_dir():
+        if not parallel.from_main(directory.is_dir()):
             model = student(lab)  # both start from the same weights
             done = distill(model, rows, lab) if name == "distilled" else reinforce(model, lab)
             if not done:
@@ -265,7 +265,8 @@ def opened(place: str | Path, config: Config, dtype: str | None, template: str |
     """A model in this dtype (None: as stored), spread as --ep and --tp say, and its tokenizer."""
     dtype, shape = dtype and getattr(torch, dtype), read_config(Path(place))
     ep, tp = ep_of(config, shape), tp_of(config, shape)
-    return open_model(place, config.device, dtype, template, ep, config.optimizer, tp)
+    states = config.optimizer if dtype else None  # the teacher, as stored, is not trained
+    return open_model(place, config.device, dtype, template, ep, states, tp)
 
 
 def ep_of(config: Config, shape: ModelConfig) -> int | None:

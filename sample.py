@@ -424,10 +424,9 @@ def measure(
     """For a recipe: evaluate a model as RL samples it (T = 1, top-p 1), and greedy, into run's
     evaluation_NAME.json; on resuming, read back what was found after the same step."""
     file = run.out / f"evaluation_{name}.json"
-    if file.exists():
-        saved = json.loads(file.read_text())
-        if saved["step"] == step:
-            return saved["result"]
+    saved = parallel.from_main(json.loads(file.read_text()) if file.exists() else None)
+    if saved is not None and saved["step"] == step:
+        return saved["result"]
     run.rewind(f"evaluate {name}", -1)
     with run.phase("evaluate") as timer:
         result = evaluate(
@@ -617,6 +616,9 @@ class Config:
         None, "spread the weights over the processes, the experts over so many; 0: all on each;"
         " none: spread what would fill more than half of the memory",
     )  # fmt: skip
+    timeout: float = flag(
+        1800.0, "seconds that a process waits for the others, and they for your next question"
+    )
     tp: int = flag(
         0, "cut a dense model over so many processes, which write together; 0 or 1: it is whole"
     )

@@ -271,7 +271,7 @@ def pretrain_toy(
 ) -> Transformer | None:  # fmt: skip
     """The toy's base, from random weights and the corpus of data/corpus.py, in run.out/base; None
     where Ctrl-C stopped it. Raises UserError for a base that is not competent, unless forced."""
-    if (run.out / "base").is_dir():
+    if parallel.from_main((run.out / "base").is_dir()):
         return load_pretrained(run.out / "base", device=device, dtype=dtype)
     model = Transformer(Config.preset(preset, vocab_size=tokenizer.vocab_size))
     initialize_small(model, seed)

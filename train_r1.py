@@ -191,7 +191,7 @@ def main(config: Config) -> None:
     results = {"zero": assess("zero", lab)}
     for name in STAGES[: STAGES.index(config.until) + 1]:
         directory = run.out / name
-        if not directory.is_dir():
+        if not parallel.from_main(directory.is_dir()):
             model = stages[name](lab)
             if model is None:
                 return
@@ -404,7 +404,7 @@ def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> gr
 def reward_model(name: str, lab: Lab) -> RewardModel | None:
     """The base with a number for a head, trained on pairs (helpful) or verdicts (harmless)."""
     config, directory = lab.config, lab.run.out / f"reward_{name}"
-    if directory.is_dir():
+    if parallel.from_main(directory.is_dir()):
         return RewardModel.load(lab.model(directory.name), directory)
     model = RewardModel(lab.model("base"))
     train, test = split(data_rows(lab, "preferences" if name == "helpful" else "safety"))
@@ -589,16 +589,17 @@ def assess(name: str, lab: Lab) -> dict:
     common = dict(max_new_tokens=config.max_new_tokens, seed=config.seed, slots=config.slots)
     samples = config.eval_samples
     result = measure(model, lab.tokenizer, lab.held_out, run, name, samples=samples, **common)
-    if not file.exists():
-        with run.phase("evaluate"):
-            marks = (world_marks if config.is_toy else learned_marks)(model, lab)
-        means = {key: mean(marks[key]) if marks[key] else None for key in marks}
-        if any(marks.values()):
-            run.rewind(f"evaluate {name} general", -1)
-            run.log(phase=f"evaluate {name} general", step=0, **means, **run.timing())
-            run.save_json(file.name, means)
-        return {**result, **means}
-    return {**result, **json.loads(file.read_text())}
+    saved = parallel.from_main(json.loads(file.read_text()) if file.exists() else None)
+    if saved is not None:
+        return {**result, **saved}
+    with run.phase("evaluate"):
+        marks = (world_marks if config.is_toy else learned_marks)(model, lab)
+    means = {key: mean(marks[key]) if marks[key] else None for key in marks}
+    if any(marks.values()):
+        run.rewind(f"evaluate {name} general", -1)
+        run.log(phase=f"evaluate {name} general", step=0, **means, **run.timing())
+        run.save_json(file.name, means)
+    return {**result, **means}
 
 
 def world_marks(model: Transformer, lab: Lab) -> dict[str, list[float]]:
@@ -654,10 +655,11 @@ MEASURES = ("pass@1", "cons@{k}", "greedy", "format", "language", "instruction",
 
 def report(results: dict[str, dict], run: Run, k: int) -> None:
     """The paper's table of stages, and whether each of its tendencies is there."""
-    claims = {claim: bool(holds) for claim, holds in tendencies(results)}
-    run.save_json("result.json", {**results, "claims": claims, "seconds": seconds(run)})
     if not parallel.is_main():
         return
+    seconds = {phase: round(value, 1) for phase, value in run.spent().items() if value}
+    claims = {claim: bool(holds) for claim, holds in tendencies(results)}
+    run.save_json("result.json", {**results, "claims": claims, "seconds": seconds})
     print(" " * 12 + "".join(f"{name.capitalize():>9}" for name in results))
     for measure_name in (name.format(k=k) for name in MEASURES):
         values = [result[measure_name] for result in results.values()]
@@ -685,16 +687,6 @@ def tendencies(results: dict[str, dict]) -> Iterator[tuple[str, bool]]:
     for key in ("instruction", "helpful"):
         if r1 and r1[key] is not None:
             yield f"R1 is better than Dev3: {key}", r1[key] > dev3[key]
-
-
-def seconds(run: Run) -> dict[str, float]:
-    """By phase of metrics.jsonl, all that was timed."""
-    spent: dict[str, float] = {}
-    for line in map(json.loads, run.metrics.read_text().splitlines()):
-        times = [value for key, value in line.items() if key.startswith("seconds_")]
-        if times:
-            spent[line["phase"]] = round(spent.get(line["phase"], 0) + sum(times), 1)
-    return spent
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from runtime.flags import Machine
 from runtime.plot import draw_curve
 from runtime.pretrained import save_pretrained
 from runtime.run import (
-    Run, UserError, flag, launch, parse, pick_device,
+    Run, UserError, flag, launch, parse, pick_device, spare_devices,
 )  # fmt: skip
 from runtime.sharding import check_grid, shard
 from runtime.spool import Plan, Spool, Worker
@@ -127,6 +127,8 @@ class Config(Machine):
                 f"--data {self.data} needs --model DIR: the base that this program pretrains"
                 f" knows {' and '.join(CORPORA)} only"
             )
+        if self.async_rollouts is not None and self.tp > 1:
+            raise UserError(f"--tp {self.tp} and --async-rollouts: a rollout worker has it whole")
         if self.ahead < 0 or (self.async_rollouts or 0) < 0:
             raise UserError(
                 f"--ahead {self.ahead}, --async-rollouts {self.async_rollouts}: 0 or more"
@@ -346,9 +348,11 @@ def spool_of(config: Config, tokenizer: Tokenizer) -> AbstractContextManager[Spo
     if config.async_rollouts is None:
         return nullcontext()
     threads = config.threads or max(1, torch.get_num_threads() // (1 + config.async_rollouts))
-    command = [sys.executable, __file__, "--join", config.out, "--device", config.device,
-               "--threads", str(threads), "--slots", str(config.slots)]  # fmt: skip
-    return Spool(plan_of(config), tokenizer, command, config.async_rollouts)
+    command = [sys.executable, __file__, "--join", config.out, "--threads", str(threads),
+               "--slots", str(config.slots), "--timeout", str(config.timeout)]  # fmt: skip
+    devices = spare_devices(config.device, config.async_rollouts)
+    commands = [[*command, "--device", device] for device in devices]
+    return Spool(plan_of(config), tokenizer, commands)
 
 
 def join(config: Config) -> None:
@@ -359,6 +363,8 @@ def join(config: Config) -> None:
             f"--join {config.join}: no run is there; first start it: python train_zero.py"
             f" --async-rollouts 0 --out {config.join}"
         )
+    if config.ep or config.tp > 1:
+        raise UserError("--join with --ep or --tp: a rollout worker has the model whole")
     ours = {field.name for field in fields(Machine)} - {"dtype", "optimizer"}
     theirs = {field.name for field in fields(Config)} - ours
     saved = json.loads(file.read_text())
@@ -394,14 +400,15 @@ def assess(
 
 
 def report(base: dict, zero: dict, run: Run) -> None:
-    seconds = {"pretrain": run.seconds["pretrain"], "eval": run.seconds["evaluate"]}
-    phases = ("rollout", "reward", "reference", "update", "communication")
-    seconds["rl"] = sum(run.seconds[phase] for phase in phases)
+    if not parallel.is_main():
+        return
+    spent = run.spent()
+    seconds = {"pretrain": spent["pretrain"], "rl": spent["rl"]}
+    seconds["eval"] = spent["evaluate base"] + spent["evaluate zero"]
     run.save_json("result.json", {"base": base, "zero": zero, "seconds": seconds})
-    if parallel.is_main():
-        print(table({"base": base, "zero": zero}))
-        print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
-        draw_curve(run.out)
+    print(table({"base": base, "zero": zero}))
+    print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
+    draw_curve(run.out)
 
 
 if __name__ == "__main__":

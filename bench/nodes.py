@@ -39,7 +39,7 @@ PREFIX = "nanor1"  # of the namespaces: nanor1-PID-a
 ADDRESSES = {"a": "10.213.7.2", "b": "10.213.7.1"}
 PORT = 29511  # nobody else is in the namespace
 PATIENCE = 180.0  # seconds without a new update, after which a fault counts as fatal
-LOSS_BOUND = 1e-9
+BOUND = 1e-9  # of the last loss and the weights, against the undisturbed run
 SAME = ("tokens_trained", "tokens", "reward", "reflection", "by_level")  # what the tokens decide
 # Small enough for short updates. Any other output earns another coin: the losses would show it.
 TRAIN = ["--reward", "random", "--dtype", "float64", "--threads", "1", "--questions", "4",
@@ -390,8 +390,9 @@ def problems(run: Training, found: dict, limit: float) -> list[str]:
     for key in ("each_update_once", "same_tokens"):
         if not found[key]:
             bad.append(f"{name}: not so: {key.replace('_', ' ')}")
-    if not found["last_loss"] <= LOSS_BOUND:
-        bad.append(f"{name}: the last loss differs by {found['last_loss']:.1e}")
+    for key in ("last_loss", "weights"):
+        if not found[key] <= BOUND:
+            bad.append(f"{name}: {key.replace('_', ' ')} differ by {found[key]:.1e}")
     return bad
 
 

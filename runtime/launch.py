@@ -64,6 +64,14 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def spare_devices(name: str, count: int) -> list[str]:
+    """Devices for so many further processes on this machine: where there are several GPUs, those
+    come first that this run's own processes leave free."""
+    gpus = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+    taken = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return [f"cuda:{(taken + i) % gpus}" if gpus > 1 else name for i in range(count)]
+
+
 def usable_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype, or fp16 in place of bf16 on a GPU that has none, with a line that says so."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):

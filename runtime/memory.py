@@ -370,7 +370,11 @@ def process_memory(device: torch.device | str) -> float:
         return device_memory() * GB
     if not hasattr(os, "sysconf"):  # Windows
         return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_processes()
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (given := limit.read_text().strip()).isdigit():
+        room = min(room, int(given))
+    return room / local_processes()
 
 
 def local_processes() -> int:

@@ -38,13 +38,13 @@ from runtime import parallel
 from runtime.checkpoint import finish_saving, latest, load_state, save_state
 from runtime.flags import UserError, flag, parse
 from runtime.launch import (
-    Diverged, ask_to_stop, check_finite, launch, pick_device, stop, usable_dtype,
+    Diverged, ask_to_stop, check_finite, launch, pick_device, spare_devices, stop, usable_dtype,
 )  # fmt: skip
 from runtime.progress import progress
 from runtime.sharding import begin
 
 __all__ = ["Diverged", "Run", "UserError", "check_finite", "flag", "launch", "parse", "pick_device",
-           "progress", "run_command", "usable_dtype", "write_file"]  # fmt: skip
+           "progress", "run_command", "spare_devices", "usable_dtype", "write_file"]  # fmt: skip
 
 # On --resume.
 FREE_TO_CHANGE = ("out", "resume", "device", "threads", "ep", "tp", "recompute", "offload",
@@ -272,12 +272,21 @@ class Run:
                 numbers[f"tokens_per_second_{name}"] = round(timer.tokens / timer.seconds, 1)
         return numbers
 
+    def spent(self) -> Counter[str]:
+        """Seconds by phase of metrics.jsonl, all that was timed in it."""
+        spent: Counter[str] = Counter()
+        for line in map(json.loads, self.metrics.read_text().splitlines()):
+            times = [value for key, value in line.items() if key.startswith("seconds_")]
+            spent[line["phase"]] += round(sum(times), 4)
+        return spent
+
     def resume(self, phase: str, parts: dict[str, Any]) -> int:
         """Load the phase's newest checkpoint into `parts`, models and optimizers by name, and drop
         the lines logged after it; how many steps it has seen (0 where there is none)."""
         finish_saving()
         directory = self.checkpoints(phase)
-        done = latest(directory) or 0
+        # By rank 0's look at it: on a network file system another may not see the newest yet.
+        done = parallel.from_main(latest(directory) or 0)
         if done:
             for part in parts.values():
                 if isinstance(part, torch.optim.Optimizer):
@@ -295,7 +304,9 @@ class Run:
         that of Ctrl-C, and one with every=1, as at the end of a phase, are waited for."""
         stopping = self.stopping
         finish_saving(wait=False)
-        if stopping or done - self._saved.get(phase, 0) >= every:
+        if stopping and self._saved.get(phase) == done:
+            finish_saving()  # it is saved already
+        elif stopping or done - self._saved.get(phase, 0) >= every:
             self._saved[phase] = done
             saved = {name: part.state_dict() for name, part in parts.items()}
             save_state(self.checkpoints(phase), done, saved, wait=stopping or every == 1)

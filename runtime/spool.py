@@ -3,22 +3,24 @@
 A directory is all that trainer and rollout workers share, so that workers may be on any machine
 that sees it, and may come, stall and die. In a run's spool/:
 
-    notice.json                     of the trainer: the generation, updates done, whether it is over
+    notice.json                     of the trainer: the generation, the plan, updates done, the end
     000002/                         a generation: one start of the trainer
         weights/step_000040/        the policy after so many updates; the newest two
-        claims/000042-003           of a worker: it draws part 3 of the rollout for update 43
+        claims/000042-003           of a worker: it draws this part
         parts/000042-003.pt         what it drew: under another name first, then by rename
         workers/NAME                of a worker: touched every few seconds while it lives
 
 A worker reads the newest weights, claims the first part that nobody has, draws its outputs, commits
 them, and so on. A claim is a lease: a worker touches its own now and then, and one that has not
-been touched for a while goes to who asks next. If both come back, the later commit replaces the
-earlier one, or comes too late.
+been touched for a while goes to who asks next. Where two draw the same part, the later commit
+replaces the earlier one, or comes too late.
 
-Staleness is how many updates the weights that drew an output were behind those that learn from it.
-The rollout for update s + 1 is drawn by weights of at least s - ahead x minibatches updates: who
-would have older ones waits. The loss needs no correction for it: pi_old in GRPO's ratio is whoever
-drew the tokens, with the log-probs stored when they were drawn.
+Files are named by the updates done when a rollout is first learned from: 000042-003 is part 3 of
+the one for update 43. Who has the weights after v updates may draw the rollouts v, v + minibatches,
+..., v + ahead x minibatches, and then waits for newer weights: so staleness is bounded. It is how
+many updates lie between the weights that drew an output and the first that learns from it. The loss
+needs no correction for it: pi_old in GRPO's ratio is whoever drew the tokens, with the log-probs
+stored when they were drawn.
 
 It is no part of the method. Read next: ../bench/asynchronous.py (what it gains and costs).
 """
@@ -33,7 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +104,21 @@ class Spool:
     """The trainer's side, for a `with`; all of its processes call `take` together. Set `over` where
     the run has come to its end."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, command: Sequence[str], workers: int):
-        """command: starts a worker of this run; so many are started here, beside this process."""
-        self.plan, self.tokenizer, self.command, self.workers = plan, tokenizer, command, workers
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, commands: Sequence[Sequence[str]]):
+        """commands: of the workers that are started beside this process."""
+        self.plan, self.tokenizer, self.commands = plan, tokenizer, commands
         self.children: list[subprocess.Popen] = []
         self.reported: set[int] = set()  # pids of those that have ended
         self.told = self.over = False
+        self.ended = threading.Event()
         self.metrics: dict[str, float] = {}  # of the last rollout
         number = 1
         if parallel.is_main():
             plan.spool.mkdir(parents=True, exist_ok=True)
             old = [path for path in plan.spool.iterdir() if path.name.isdigit()]
-            number = max((int(path.name) for path in old), default=0) + 1
+            before = read_notice(plan) or {}
+            number = 1 + max([int(before.get("generation", 0)), *(int(path.name) for path in old)])
+            (plan.spool / "notice.json").unlink(missing_ok=True)  # it may say that the run is over
             for name in ("claims", "parts", "workers"):
                 (plan.spool / f"{number:06}" / name).mkdir(parents=True)
             for path in old:
@@ -129,12 +134,13 @@ class Spool:
         worker is left."""
         self.publish(policy, done)
         found, stale, names = {}, [], set()
-        missing = list(parallel.shard(range(self.plan.parts)))
+        # Each rank reads all parts and takes its questions, as `parallel.shard` would deal them.
+        rank, world, missing = parallel.rank(), parallel.world_size(), list(range(self.plan.parts))
         while True:
             for part in list(missing):
                 if (content := self._read(done, part)) is not None:
                     missing.remove(part)
-                    groups = content["groups"]
+                    groups = {n: g for n, g in content["groups"].items() if n % world == rank}
                     found |= {n: unpack(group) for n, group in groups.items()}
                     outputs = sum(len(group["texts"]) for group in groups.values())
                     stale += [done - content["version"]] * outputs
@@ -164,29 +170,33 @@ class Spool:
             shutil.rmtree(old, ignore_errors=True)
         for kind in ("claims", "parts"):
             for file in (self.place / kind).iterdir():
-                if int(file.name.lstrip(".")[:6]) < done:
+                number = file.name.lstrip(".")[:6]  # a file system may have put others there
+                if number.isdigit() and int(number) < done:
                     file.unlink(missing_ok=True)
         if not self.children:
             self._start()
+            threading.Thread(target=self._beat, daemon=True).start()
 
     def __enter__(self) -> "Spool":
         return self
 
     def __exit__(self, *error) -> None:
         """End the workers that were started here and, where the run is over, all others too."""
+        self.ended.set()
         if not parallel.is_main():
             return
         if self.over:
             self._notify(self.plan.steps, over=True)
         for child in self.children:
-            child.terminate()
+            child.kill()  # it has nothing to save, and one that is stopped heeds no other signal
         for child in self.children:
             child.wait()
         if self.over:
             shutil.rmtree(self.place, ignore_errors=True)
 
     def _notify(self, done: int, over: bool = False) -> None:
-        notice = dict(generation=self.generation, step=done, over=over)
+        plan = {name: getattr(self.plan, name) for name in ("steps", "ahead", "part")}
+        notice = dict(generation=self.generation, step=done, over=over, plan=plan)
         write_file(self.plan.spool / "notice.json", json.dumps(notice).encode())
 
     def _start(self) -> None:
@@ -194,8 +204,13 @@ class Spool:
         ours = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
         environment = {key: v for key, v in os.environ.items() if not key.startswith(ours)}
         begin = end_with_parent if sys.platform == "linux" else None
-        for _ in range(self.workers):
-            self.children.append(subprocess.Popen(self.command, env=environment, preexec_fn=begin))
+        for command in self.commands:
+            self.children.append(subprocess.Popen(command, env=environment, preexec_fn=begin))
+
+    def _beat(self) -> None:
+        """Tell the workers that the trainer lives: it touches its notice."""
+        while not self.ended.wait(BEAT):
+            touch(self.plan.spool / "notice.json")
 
     def _read(self, done: int, part: int) -> dict | None:
         file = self.place / "parts" / f"{part_name(done, part)}.pt"
@@ -224,12 +239,19 @@ class Spool:
         beats = [file.stat().st_mtime for file in (self.place / "workers").glob("[!.]*")]
         if max(beats, default=0) > now - LEASE:
             return
-        how = f"python {' '.join(self.command[1:])}"
+        how = f"python train_zero.py --join {self.plan.directory}"
         if self.children:
             raise UserError(f"no rollout worker is left; go on with --resume, or first start {how}")
         if not self.told:
             self.told = True
             print(f"waiting for rollout workers; start some: {how}", file=sys.stderr)
+
+
+def touch(file: Path) -> None:
+    try:
+        os.utime(file)
+    except OSError:  # it is gone; or the file system has a bad moment
+        pass
 
 
 def clock(file: Path) -> float:
@@ -268,22 +290,25 @@ class Worker:
         self.model, self.tokenizer, self.version = None, None, None
 
     def serve(self, patience: float) -> None:
-        """Raises UserError where nothing has come from a trainer for so many seconds."""
+        """Raises UserError where no trainer has been alive for so many seconds."""
         threading.Thread(target=self._beat, daemon=True).start()
-        heard, last = time.monotonic(), None
+        file, heard, last = self.plan.spool / "notice.json", time.monotonic(), None
         while True:
             notice = read_notice(self.plan)
-            if notice != last:
-                heard, last = time.monotonic(), notice
             if notice is not None and notice["over"]:
                 return
-            if notice is None or not self.work(notice):
-                if time.monotonic() - heard > patience:
-                    raise UserError(f"no news of a trainer in {self.plan.spool} for {patience} s")
+            worked = notice is not None and self.work(notice)
+            touched = file.stat().st_mtime if file.exists() else None
+            if worked or touched != last:
+                heard, last = time.monotonic(), touched
+            elif time.monotonic() - heard > patience:
+                raise UserError(f"no trainer was alive in {self.plan.spool} for {patience:g} s")
+            else:
                 time.sleep(POLL)
 
     def work(self, notice: dict) -> bool:
         """Draw one part; False where there is none to draw."""
+        self.plan = replace(self.plan, **notice["plan"])  # --resume may have changed it
         place = self.plan.spool / notice["generation"]
         alive = place / "workers" / self.name
         try:
@@ -299,6 +324,9 @@ class Worker:
             self.held = [alive]
             return False
         except FileNotFoundError:  # the trainer has started again or gone on: see the next notice
+            for abandoned in self.held[1:]:
+                abandoned.unlink(missing_ok=True)
+            self.held = []
             return False
 
     def read(self, place: Path, notice: dict) -> None:
@@ -308,12 +336,12 @@ class Worker:
             return
         directory = step_path(place / "weights", notice["step"])
         try:
+            tokenizer = self.tokenizer or Tokenizer.load(directory, self.template)
             new = load_pretrained(directory, device=self.device, mtp=False)
         except UserError as error:
             raise FileNotFoundError(directory) from error  # two updates on, it is deleted
         if self.model is None:
-            self.model = new
-            self.tokenizer = Tokenizer.load(directory, self.template)
+            self.model, self.tokenizer = new, tokenizer
         else:
             self.model.load_state_dict(new.state_dict())
         self.version = notice["generation"], notice["step"]
@@ -335,10 +363,7 @@ class Worker:
         while True:
             time.sleep(BEAT)
             for file in self.held:
-                try:
-                    os.utime(file)
-                except FileNotFoundError:
-                    pass
+                touch(file)
 
 
 def claim(file: Path, name: str, now: float) -> bool:
@@ -350,7 +375,9 @@ def claim(file: Path, name: str, now: float) -> bool:
         try:
             if now - file.stat().st_mtime < LEASE:
                 return False
-            file.rename(file.with_name(f"{file.name}.lost-{name}"))  # one of several can do it
+            # Of several who see that it has lapsed, one can do this; or, where another has taken it
+            # over since, it is drawn twice.
+            file.rename(file.with_name(f"{file.name}.lost-{name}"))
         except FileNotFoundError:
             return False
         return claim(file, name, now)

@@ -58,7 +58,7 @@ class Workers:
             for key in keys:
                 self.begin(*key)
             try:
-                values = [self.begun[key].result() for key in keys]
+                values = [value_of(self.begun[key]) for key in keys]
                 self.begun.clear()
                 return values
             except BrokenProcessPool:
@@ -115,7 +115,7 @@ def limited(rule: Callable, output: tuple, seconds: float) -> float:
         raise OutOfTime
 
     signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, for a rule that forgives it
     try:
         return float(rule(*output))
     except OutOfTime:
@@ -123,6 +123,13 @@ def limited(rule: Callable, output: tuple, seconds: float) -> float:
         return 0.0
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def value_of(future: Future) -> float:
+    try:
+        return future.result()
+    except OutOfTime:  # the alarm rang while the rule's value was on its way
+        return 0.0
 
 
 class OutOfTime(BaseException):

@@ -81,13 +81,14 @@ def test_a_run_is_compared_update_by_update_and_weight_by_weight(tmp_path):
 
 
 def test_what_misses_a_criterion_is_named(tmp_path):
-    good = dict(each_update_once=True, same_tokens=True, last_loss=1e-13)
+    good = dict(each_update_once=True, same_tokens=True, last_loss=1e-13, weights=1e-12)
     run = Training({}, tmp_path / "link", [], [Event("link cut", 4, 2, 59.9)])
     assert problems(run, good, limit=60) == []
     assert problems(run, good, limit=30) == ["link: link cut: 59.9 s"]
-    bad = dict(each_update_once=False, same_tokens=False, last_loss=float("nan"))
+    bad = dict(each_update_once=False, same_tokens=False, last_loss=float("nan"), weights=1.0)
     assert [line.split(": ", 1)[1] for line in problems(run, bad, limit=60)] == [
-        "not so: each update once", "not so: same tokens", "the last loss differs by nan",
+        "not so: each update once", "not so: same tokens", "last loss differ by nan",
+        "weights differ by 1.0e+00",
     ]  # fmt: skip
     run.failure = "link: the end: not within 240 s"
     assert problems(run, {}, limit=60) == [run.failure]

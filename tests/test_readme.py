@@ -31,6 +31,10 @@ def test_every_file_that_readme_links_to_is_there():
         assert (ROOT / target).exists(), target
 
 
+def test_no_place_is_left_to_be_filled():
+    assert not re.findall(r"^[A-Z]{4,}$", README, re.M)
+
+
 def test_the_first_code_block_has_two_commands():
     block = README.split("```bash\n")[1].split("```")[0]
     assert len(block.strip().splitlines()) == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_zero
 from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from runtime import spool
@@ -53,7 +54,7 @@ def plan_as_config(plan: Plan) -> Plan:
 
 
 def trainer(plan: Plan) -> Spool:
-    return Spool(plan, Tokenizer.toy(), ["python", "train_zero.py", "--join", "here"], workers=0)
+    return Spool(plan, Tokenizer.toy(), [])
 
 
 def write(model, tokenizer, done: int, numbers: range) -> dict:
@@ -106,8 +107,10 @@ def test_a_worker_draws_no_further_ahead_than_the_staleness_allows(plan):
 # ---- both sides in one process -------------------------------------------------------------------
 
 
-def serving(plan: Plan, *workers: Worker) -> list[threading.Thread]:
-    threads = [threading.Thread(target=each.serve, args=(20,), daemon=True) for each in workers]
+def serving(plan: Plan, *workers: Worker, patience: float = 20) -> list[threading.Thread]:
+    threads = [
+        threading.Thread(target=each.serve, args=(patience,), daemon=True) for each in workers
+    ]
     for thread in threads:
         thread.start()
     return threads
@@ -200,10 +203,10 @@ def test_a_new_start_of_the_trainer_forgets_what_was_drawn_for_the_former_one(pl
     first.publish(policy, 4)
     (first.place / "parts" / f"{part_name(4, 0)}.pt").write_bytes(b"of weights that are lost")
     left = worker(plan)
-    assert left.work(spool.read_notice(plan))
+    assert left.work(notice := spool.read_notice(plan))
     again = trainer(plan)
     assert again.generation > first.generation and not first.place.exists()
-    assert not left.work(dict(generation=first.generation, step=4))  # gone: see the next notice
+    assert not left.work(spool.read_notice(plan) or notice)  # gone: see the next notice
     serving(plan, left)
     with again:
         assert len(again.take(policy, 2, run)) == plan.questions
@@ -234,14 +237,81 @@ def test_without_any_worker_the_trainer_says_how_to_start_one(plan, run, policy,
 
 
 def test_when_all_that_were_started_have_died_it_is_an_error(plan, run, policy, monkeypatch):
-    ours = Spool(plan, Tokenizer.toy(), [sys.executable, "-c", "raise SystemExit(3)"], workers=1)
+    ours = Spool(plan, Tokenizer.toy(), [[sys.executable, "-c", "raise SystemExit(3)"]])
     with pytest.raises(UserError, match="no rollout worker is left; go on with --resume"):
         ours.take(policy, 0, run)
 
 
 def test_a_worker_gives_up_where_no_trainer_comes(plan):
-    with pytest.raises(UserError, match="no news of a trainer in .*spool for 0.2 s"):
+    with pytest.raises(UserError, match="no trainer was alive in .*spool for 0.2 s"):
         worker(plan).serve(patience=0.2)
+
+
+def test_a_worker_waits_for_a_trainer_that_is_alive_and_outlives_its_own_work(
+    plan, run, policy, monkeypatch
+):
+    monkeypatch.setattr(spool, "BEAT", 0.1)
+
+    def slow(model, tokenizer, done, numbers):
+        time.sleep(1.0)
+        return write(model, tokenizer, done, numbers)
+
+    alone = replace(plan, ahead=0, part=5)
+    with trainer(alone) as ours:
+        [thread] = serving(alone, worker(alone, "a", slow), patience=0.5)
+        ours.take(policy, 0, run)
+        time.sleep(1.0)  # the trainer makes its updates
+        assert thread.is_alive() and len(ours.take(policy, 2, run)) == plan.questions
+        ours.over = True
+
+
+def test_a_worker_follows_the_plan_of_a_trainer_that_resumed_with_another(plan, run, policy):
+    other = replace(plan, part=1, ahead=0)
+    with trainer(other) as ours:
+        serving(plan, worker(plan))  # which knows of three parts
+        assert len(ours.take(policy, 0, run)) == plan.questions
+        assert len(ours.take(policy, 2, run)) == plan.questions
+        assert ours.metrics["staleness_max"] == 0
+        ours.over = True
+
+
+def test_a_run_that_goes_on_after_its_end_has_work_again(plan, run, policy):
+    with trainer(plan) as ours:
+        ours.publish(policy, 6)
+        ours.over = True
+    again = trainer(plan)
+    assert spool.read_notice(plan) is None and again.generation > ours.generation
+
+
+def test_each_process_gets_its_questions_of_every_part(plan, run, policy, monkeypatch):
+    ours = trainer(replace(plan, part=4))
+    ours.publish(policy, 0)
+    left = worker(replace(plan, part=4))
+    while left.work(spool.read_notice(plan)):
+        pass
+    monkeypatch.setattr(spool.parallel, "all_sum", lambda value: value)
+    monkeypatch.setattr(spool.parallel, "gather_numbered", lambda items: items)
+    monkeypatch.setattr(spool.parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(ours, "publish", lambda *args: None)
+    for rank, wanted in ((0, [0, 2, 4]), (1, [1, 3])):
+        monkeypatch.setattr(spool.parallel, "rank", lambda: rank)
+        assert sorted(ours.take(policy, 0, run)) == wanted
+
+
+def test_foreign_files_are_left_alone(plan, run, policy):
+    ours = trainer(plan)
+    ours.publish(policy, 0)
+    (ours.place / "parts" / ".nfs0000abcd").touch()
+    ours.publish(policy, 2)
+    assert (ours.place / "parts" / ".nfs0000abcd").exists()
+
+
+def test_a_worker_that_is_stopped_does_not_hold_up_the_end(plan, run, policy):
+    sleeping = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"]
+    with Spool(plan, Tokenizer.toy(), [sleeping]) as ours:
+        ours.publish(policy, 0)
+        time.sleep(0.5)
+    assert ours.children[0].returncode == -signal.SIGKILL
 
 
 # ---- the program ---------------------------------------------------------------------------------
@@ -317,7 +387,8 @@ def test_workers_may_die_and_join_and_the_run_ends_well(base, tmp_path):
 
 def test_a_killed_trainer_goes_on_with_new_workers(base, tmp_path):
     out = tmp_path / "run"
-    common = [*SMALL, "--model", base, "--out", out, "--async-rollouts", 2, "--save-every", "2"]
+    common = [*SMALL, "--model", base, "--out", out, "--async-rollouts", 2, "--save-every", "2",
+              "--steps", "10"]  # fmt: skip
     program = started(*common)
     wait_for(lambda: len(rl(out)) >= 4, program)
     names = [file.name for file in (out / "spool").glob("*/workers/[!.]*")]
@@ -325,7 +396,7 @@ def test_a_killed_trainer_goes_on_with_new_workers(base, tmp_path):
     program.wait()
     wait_for(lambda: not any(is_alive(int(name.rsplit("-", 1)[1])) for name in names))
     ended(started(*common, "--resume"))
-    assert [row["step"] for row in rl(out)] == list(range(1, 17))
+    assert [row["step"] for row in rl(out)] == list(range(1, 11))
 
 
 def wait_for(condition, program: subprocess.Popen | None = None) -> None:
@@ -345,11 +416,13 @@ def is_alive(pid: int) -> bool:
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
-def test_to_join_what_is_no_such_run_is_a_mistake(base, tmp_path):
-    program = started("--join", tmp_path / "none")
-    assert "no run is there; first start it: python train_zero.py" in program.communicate()[0]
-    assert program.returncode == 2
+def test_to_join_what_is_no_such_run_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="no run is there; first start it: python train_zero.py"):
+        train_zero.main(train_zero.Config(join=str(tmp_path / "none")))
     (tmp_path / "config.json").write_text(json.dumps(dict(questions=4)))
-    program = started("--join", tmp_path)
-    assert "that run draws its outputs itself" in program.communicate()[0]
-    assert program.returncode == 2
+    with pytest.raises(UserError, match="that run draws its outputs itself"):
+        train_zero.main(train_zero.Config(join=str(tmp_path)))
+    with pytest.raises(UserError, match="--join with --ep or --tp"):
+        train_zero.main(train_zero.Config(join=str(tmp_path), ep=2))
+    with pytest.raises(UserError, match="--tp 2 and --async-rollouts"):
+        train_zero.Config(tp=2, async_rollouts=1)
