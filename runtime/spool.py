@@ -109,7 +109,7 @@ class Spool:
         self.plan, self.tokenizer, self.commands = plan, tokenizer, commands
         self.children: list[subprocess.Popen] = []
         self.reported: set[int] = set()  # pids of those that have ended
-        self.told = self.over = False
+        self.started = self.told = self.over = False
         self.ended = threading.Event()
         self.metrics: dict[str, float] = {}  # of the last rollout
         number = 1
@@ -173,9 +173,8 @@ class Spool:
                 number = file.name.lstrip(".")[:6]  # a file system may have put others there
                 if number.isdigit() and int(number) < done:
                     file.unlink(missing_ok=True)
-        if not self.children:
+        if not self.started:
             self._start()
-            threading.Thread(target=self._beat, daemon=True).start()
 
     def __enter__(self) -> "Spool":
         return self
@@ -200,6 +199,8 @@ class Spool:
         write_file(self.plan.spool / "notice.json", json.dumps(notice).encode())
 
     def _start(self) -> None:
+        self.started = True
+        threading.Thread(target=self._beat, daemon=True).start()
         # Not of this process's group, where torchrun started this one.
         ours = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
         environment = {key: v for key, v in os.environ.items() if not key.startswith(ours)}
