@@ -402,9 +402,11 @@ def assess(
 def report(base: dict, zero: dict, run: Run) -> None:
     if not parallel.is_main():
         return
-    spent = run.spent()
-    seconds = {"pretrain": spent["pretrain"], "rl": spent["rl"]}
-    seconds["eval"] = spent["evaluate base"] + spent["evaluate zero"]
+    parts = dict(pretrain=["pretrain"], rl=["rollout", "reward", "reference", "update"],
+                 eval=["evaluate"])  # fmt: skip
+    seconds = {name: sum(run.seconds[phase] for phase in part) for name, part in parts.items()}
+    if parallel.world_size() > 1:
+        seconds["communication"] = run.seconds["communication"]  # in any of them
     run.save_json("result.json", {"base": base, "zero": zero, "seconds": seconds})
     print(table({"base": base, "zero": zero}))
     print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")

@@ -182,6 +182,7 @@ def test_a_rank_that_fails_speaks_first_and_ends_all_whatever_they_do(tmp_path):
     assert "pair.cc" not in err  # what the others find is that one has gone, and no news
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_ends_the_job_with_the_name_of_the_flag(tmp_path):
     err, seconds = run_job(
         tmp_path, 2,

@@ -385,6 +385,7 @@ def test_workers_may_die_and_join_and_the_run_ends_well(base, tmp_path):
     assert (out / "model").is_dir() and not list((out / "spool").glob("*/parts"))
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_goes_on_with_new_workers(base, tmp_path):
     out = tmp_path / "run"
     common = [*SMALL, "--model", base, "--out", out, "--async-rollouts", 2, "--save-every", "2",
