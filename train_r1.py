@@ -134,6 +134,8 @@ class Config(Machine):
         for name in COUNTS:
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        if self.reward_workers < 0:
+            refuse("reward_workers", "0 or more")
         for name in ("preference_share", "general_share", "least_consistency"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, "from 0 to 1")

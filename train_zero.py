@@ -129,10 +129,9 @@ class Config(Machine):
             )
         if self.async_rollouts is not None and self.tp > 1:
             raise UserError(f"--tp {self.tp} and --async-rollouts: a rollout worker has it whole")
-        if self.ahead < 0 or (self.async_rollouts or 0) < 0:
-            raise UserError(
-                f"--ahead {self.ahead}, --async-rollouts {self.async_rollouts}: 0 or more"
-            )
+        for name in ("ahead", "async_rollouts", "reward_workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: 0 or more")
         if self.minibatches > self.questions:
             raise UserError(
                 f"--minibatches {self.minibatches}: at most --questions, {self.questions}"

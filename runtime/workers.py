@@ -20,8 +20,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.flags import UserError
-
 ATTEMPTS = 3  # to get an output's reward from a worker that dies
 
 
@@ -148,8 +146,6 @@ def closing(reward: Callable) -> Iterator[Callable]:
 
 def with_workers(rule: Callable[[Any, str, bool], float], processes: int) -> Callable:
     """A Reward of grpo.py from a rule for one output: here and now, or by workers."""
-    if processes < 0:
-        raise UserError(f"--reward-workers {processes}: 0 or more")
     if processes:
         return Workers(rule, processes)
     return lambda *batch: [rule(*output) for output in zip(*batch)]
