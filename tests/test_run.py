@@ -492,6 +492,18 @@ def test_the_save_of_ctrl_c_and_that_at_the_end_of_a_phase_are_waited_for(
     assert checkpoint.latest(run.checkpoints("rl")) == 5 and not checkpoint.saving()
 
 
+def test_ctrl_c_at_a_step_that_is_saved_leaves_its_checkpoint_as_it_is(tmp_path):
+    """To write it anew would mean to have none for a moment."""
+    run, parts = Run(tmp_path, Config()), {"model": torch.nn.Linear(2, 2)}
+    assert run.goes_on("rl", 5, parts, every=5)
+    launching.stop.signal = signal.SIGINT
+    checkpoint.finish_saving()
+    [saved] = run.checkpoints("rl").iterdir()
+    before = saved.stat().st_ino
+    assert not run.goes_on("rl", 5, parts, every=1) and saved.stat().st_ino == before
+    assert not run.goes_on("rl", 6, parts, every=100) and checkpoint.latest(saved.parent) == 6
+
+
 def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path, monkeypatch):
     """Python would, before it ends."""
     release, real = threading.Event(), os.fsync
