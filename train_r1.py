@@ -123,7 +123,7 @@ class Config(Machine):
     eval_problems: int = flag(150, "held-out reasoning problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
     eval_requests: int = flag(600, "held-out general requests")
-    save_every: int = flag(20, "updates between checkpoints")
+    save_every: int = flag(20, "updates that a kill loses, at most")
 
     def __post_init__(self):
         super().__post_init__()

@@ -111,7 +111,7 @@ class Config(Machine):
     # Evaluation.
     eval_problems: int = flag(225, "held-out problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
-    save_every: int = flag(20, "updates between checkpoints")
+    save_every: int = flag(20, "updates that a kill loses, at most")
     resume: bool = flag(False, "continue the run in --out")
     dry_run: bool = flag(False, "print what memory this takes and what fits, and stop")
     gpu_memory: float = flag(0.0, "GB of a GPU, for --dry-run; 0: that of the GPU at hand, or 80")

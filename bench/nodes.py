@@ -54,7 +54,7 @@ BASE = ["--pretrain-steps", "60", "--force", "--steps", "1", "--questions", "2",
 class Config:
     faults: tuple[str, ...] = flag((), "which of worker, node, link, host; none: all of them")
     updates: int = flag(160, "updates of RL; a fault comes after 10")
-    save_every: int = flag(4, "updates between checkpoints")
+    save_every: int = flag(4, "updates that a kill may lose (train_zero.py's flag)")
     timeout: float = flag(15.0, "seconds that a rank waits for the others (train_zero.py's flag)")
     limit: float = flag(60.0, "seconds until training goes on that are too many")
     out: str = flag("runs/nodes", "directory of the runs; those of an earlier time are deleted")

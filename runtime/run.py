@@ -299,17 +299,22 @@ class Run:
         return done
 
     def goes_on(self, phase: str, done: int, parts: dict[str, Any], every: int) -> bool:
-        """After each step: save if `every` steps have been done since the last time, or if Ctrl-C
-        was pressed, and return False in the latter case. Saves are written while training goes on;
-        that of Ctrl-C, and one with every=1, as at the end of a phase, are waited for."""
+        """After each step, or some of them: save now and then, and return False where Ctrl-C was
+        pressed, which saves too. A kill loses at most `every` steps: saves are half of that apart,
+        and while one is written training goes on, but no further than the next. Where the steps
+        come in larger pieces, and on Ctrl-C, a save is waited for; every=1 is for a phase's end. (What
+        comes in one piece, the updates that follow a rollout, is lost as one.)
+        """
         stopping = self.stopping
         finish_saving(wait=False)
+        new = done - self._saved.get(phase, 0)  # steps since the last save began
         if stopping and self._saved.get(phase) == done:
             finish_saving()  # it is saved already
-        elif stopping or done - self._saved.get(phase, 0) >= every:
+        elif stopping or new >= max(1, every // 2):
             self._saved[phase] = done
             saved = {name: part.state_dict() for name, part in parts.items()}
-            save_state(self.checkpoints(phase), done, saved, wait=stopping or every == 1)
+            wait = stopping or 2 * new > every
+            save_state(self.checkpoints(phase), done, saved, wait=wait)
         if stopping and parallel.is_main():
             print(f"saved after step {done} ({phase}); {self._how} continues", file=sys.stderr)
         return not stopping

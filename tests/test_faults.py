@@ -26,7 +26,7 @@ from runtime.run import launch, lock, parse
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 OPTIONS = dict(env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True)
-EVERY = 2  # updates between checkpoints
+EVERY = 4  # updates that a kill may lose
 SMALL = ["--questions", "2", "--group-size", "3", "--minibatches", "2", "--max-new-tokens", "8",
          "--eval-problems", "1", "--eval-samples", "1", "--reward", "random", "--refresh", "4",
          "--save-every", str(EVERY), "--threads", "1", "--device", "cpu", "--resume"]  # fmt: skip
@@ -83,8 +83,7 @@ def weights(out: Path) -> bytes:
 @unix
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_any_moment_lose_little_and_change_nothing(flags, tmp_path, kills):
-    """Every second one in the middle of a save. Between two checkpoints there are EVERY updates; of
-    those, as many again may be made while the later one is being written."""
+    """Every second one in the middle of a save."""
     context = multiprocessing.get_context("forkserver")  # which imports torch once
     context.set_forkserver_preload(["train_zero"])
     flags = [*flags, "--steps", str(12 * kills)]
@@ -108,7 +107,7 @@ def test_kills_at_any_moment_lose_little_and_change_nothing(flags, tmp_path, kil
         lost.append(logged(cut) - (latest(cut / "checkpoints" / "rl") or 0))
         halves += in_a_save(cut)
     print(f"{kills} kills, {halves} of them in a save; updates lost: {lost}")
-    assert max(lost) <= 2 * EVERY and halves >= kills // 4
+    assert max(lost) <= EVERY and halves >= kills // 4
     for out in (cut, whole):
         process = started(out)
         process.join()

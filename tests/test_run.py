@@ -468,20 +468,38 @@ def test_a_full_disk_under_a_save_in_the_background_ends_the_run_with_the_usual_
                 {"model": torch.nn.Linear(2, 2)},
             )
             monkeypatch.setattr(os, "fsync", full_disk)
-            goes_on.append(run.goes_on("rl", 2, parts, every=2))
+            goes_on.append(run.goes_on("rl", 2, parts, every=4))
             while checkpoint.saving():
                 time.sleep(0.01)
             monkeypatch.undo()
             if steps_after:
-                goes_on.append(run.goes_on("rl", 3, parts, every=2))
+                goes_on.append(run.goes_on("rl", 3, parts, every=4))
 
         code, err = ended(main, capsys)
         assert code == 1 and "the disk is full; free some space, then --resume" in err
         assert goes_on == [True]
 
 
-@pytest.mark.parametrize("stopped, every", [(True, 100), (False, 1)])
-def test_the_save_of_ctrl_c_and_that_at_the_end_of_a_phase_are_waited_for(
+@pytest.mark.parametrize("piece, every, saves, waits", [
+    (1, 6, [3, 6, 9, 12], False), (2, 6, [4, 8, 12], True), (2, 8, [4, 8, 12], False),
+    (4, 6, [4, 8, 12], True), (1, 1, list(range(1, 13)), True), (1, 100, [], False),
+])  # fmt: skip
+def test_a_kill_loses_no_more_than_was_said(tmp_path, monkeypatch, piece, every, saves, waits):
+    """Where a save is not waited for, the one before is what a kill leaves, until the next begins."""
+    run, seen = Run(tmp_path, Config()), []
+    monkeypatch.setattr(
+        running, "save_state", lambda _, step, __, wait: seen.append((step, wait))
+    )  # fmt: skip
+    for done in range(piece, 13, piece):
+        run.goes_on("rl", done, {}, every=every)
+    assert seen == [(step, waits) for step in saves]
+    kept = [0, *saves] if waits else [0, 0, *saves]  # when the next begins
+    lost = [begun - left for left, begun in zip(kept, saves)]
+    assert all(count <= max(every, piece) for count in lost)
+
+
+@pytest.mark.parametrize("stopped, every", [(True, 100), (False, 1), (False, 9)])
+def test_a_save_is_waited_for_on_ctrl_c_at_a_phases_end_and_where_it_would_come_too_late(
     tmp_path, monkeypatch, stopped, every
 ):
     run, parts = Run(tmp_path, Config()), {"model": torch.nn.Linear(2, 2)}
@@ -514,7 +532,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path, monkeypatch):
     def main(config):
         run = Run(tmp_path, Config())
         monkeypatch.setattr(os, "fsync", lambda handle: (release.wait(), real(handle)))
-        run.goes_on("rl", 2, {"model": torch.nn.Linear(2, 2)}, every=2)
+        run.goes_on("rl", 2, {"model": torch.nn.Linear(2, 2)}, every=4)
         os.kill(os.getpid(), signal.SIGINT)
         launching.stop.at -= 2  # two seconds later
         os.kill(os.getpid(), signal.SIGINT)
@@ -570,7 +588,7 @@ def test_ctrl_c_and_resume_give_what_an_uninterrupted_run_gives(tmp_path):
     options = dict(cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
     cut = subprocess.Popen([*command, "--pause=0.1"], stderr=subprocess.PIPE, **options)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         assert time.monotonic() < deadline and cut.poll() is None
         time.sleep(0.02)
