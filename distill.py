@@ -203,7 +203,8 @@ class Lab:
         total: float = math.inf, budget: float = math.inf,
     ) -> bool:  # fmt: skip
         """Learn in parts of so many updates, with a point of the curve after each, until all are
-        done or the budget is spent; learn(updates) goes on to so many. False where stopped."""
+        done or the budget is spent; learn(updates) goes on to so many, and saves at their end only:
+        what is saved has to be paid. False where stopped."""
         curve = self.curves[name]
         done = curve[-1]["step"] if curve else 0
         while True:
@@ -394,7 +395,7 @@ def distill(model: Transformer, rows: list[dict], lab: Lab) -> bool:
     every = -(-steps // config.points)
     tuning = sft.Tuning(
         epochs=config.epochs, batch=config.batch, lr=config.lr, final_lr=config.decay * config.lr,
-        row_tokens=config.context, save_every=every, states=config.optimizer,
+        row_tokens=config.context, save_every=2 * every, states=config.optimizer,
     )  # fmt: skip
     learn = sft.learn_answers(model, tuning, config.micro_tokens)
 
@@ -419,7 +420,7 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
     def learn_until(done: int) -> bool:
         course = grpo.Course(
             steps=done, minibatches=config.minibatches, lr=config.rl_lr, warmup=config.warmup,
-            refresh=config.refresh, save_every=part, states=config.optimizer,
+            refresh=config.refresh, save_every=2 * part, states=config.optimizer,
             offload=config.offload,
         )  # fmt: skip
         reward = rule_reward(config, lab.tokenizer.tags)
