@@ -355,7 +355,7 @@ def spool_of(config: Config, tokenizer: Tokenizer) -> AbstractContextManager[Spo
 
 
 def join(config: Config) -> None:
-    """--join: draw outputs for another process's run. The method is that run's, the machine ours."""
+    """--join: draw outputs for another process's run. Its is the method, ours the machine."""
     file = Path(config.join) / "config.json"
     if not file.exists():
         raise UserError(

@@ -302,8 +302,8 @@ class Run:
         """After each step, or some of them: save now and then, and return False where Ctrl-C was
         pressed, which saves too. A kill loses at most `every` steps: saves are half of that apart,
         and while one is written training goes on, but no further than the next. Where the steps
-        come in larger pieces, and on Ctrl-C, a save is waited for; every=1 is for a phase's end. (What
-        comes in one piece, the updates that follow a rollout, is lost as one.)
+        come in larger pieces, and on Ctrl-C, a save is waited for; every=1 is for a phase's end.
+        (What comes in one piece, the updates that follow a rollout, is lost as one.)
         """
         stopping = self.stopping
         finish_saving(wait=False)

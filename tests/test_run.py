@@ -485,7 +485,7 @@ def test_a_full_disk_under_a_save_in_the_background_ends_the_run_with_the_usual_
     (4, 6, [4, 8, 12], True), (1, 1, list(range(1, 13)), True), (1, 100, [], False),
 ])  # fmt: skip
 def test_a_kill_loses_no_more_than_was_said(tmp_path, monkeypatch, piece, every, saves, waits):
-    """Where a save is not waited for, the one before is what a kill leaves, until the next begins."""
+    """Where a save is not waited for, a kill leaves the one before, until the next begins."""
     run, seen = Run(tmp_path, Config()), []
     monkeypatch.setattr(
         running, "save_state", lambda _, step, __, wait: seen.append((step, wait))
