@@ -275,7 +275,7 @@ def describe(batch: Rollout, tags: bool = True) -> None:
             by_level.setdefault(level, []).extend(known)
 
     batch.lengths = {n: mean(row["tokens"] for row in group[2]) for n, group in groups.items()}
-    batch.metrics = dict(
+    batch.metrics |= dict(
         **{key: average(row[key] for row in rows) for key in rows[0]},
         groups_without_signal=mean(not signal for _, signal, _ in groups.values()),
         by_level={str(level): mean(by_level[level]) for level in sorted(by_level)},
@@ -447,12 +447,8 @@ def reinforce(
     older; the ratio's pi_old is then theirs, as it always is.
     """
     device = policy.lm_head.weight.device
-    reference = twin(policy) if settings(0).beta else None
-    if reference is not None and course.offload:
-        reference.cpu()
-    optimizer = adamw(policy.parameters(), course.lr, course.states, seed)
-    state = dict(policy=policy, optimizer=optimizer)
-    state |= {} if reference is None else dict(reference=reference)
+    state = first_state(policy, course, settings(0).beta > 0, seed)
+    optimizer, reference = state["optimizer"], state.get("reference")
     done, lengths = run.resume(phase, state), Lengths()
     with progress(course.steps, "GRPO", initial=done) as bar:
         while done < course.steps:
@@ -491,16 +487,24 @@ def reinforce(
                 if reference is not None and done % course.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
-                if spool is not None:
-                    sampled |= spool.metrics if minibatch == 0 else {}
                 run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
                 bar.update(1)
-            shown = {key: batch.metrics[key] for key in ("reward", "accuracy", "tokens")}
-            bar.set_postfix(shown)
+            bar.set_postfix({key: batch.metrics[key] for key in ("reward", "accuracy", "tokens")})
             every = course.save_every if done < course.steps else 1  # the end is always saved
             if not run.goes_on(phase, done, state, every=every):
                 return False
     return True
+
+
+def first_state(policy: Transformer, course: Course, reference: bool, seed: int) -> dict:
+    """What a checkpoint holds: policy, optimizer and, where the loss has a KL, its reference."""
+    optimizer = adamw(policy.parameters(), course.lr, course.states, seed)
+    state = dict(policy=policy, optimizer=optimizer)
+    if reference:
+        state["reference"] = twin(policy)
+        if course.offload:
+            state["reference"].cpu()
+    return state
 
 
 def received(
@@ -512,7 +516,9 @@ def received(
         return None
     mine = asked.part(sorted(groups))
     outputs, texts = ([each for n in mine.numbers for each in groups[n][i]] for i in (0, 1))
-    return Rollout(mine.numbers, mine.problems, mine.prompts, outputs, texts)
+    batch = Rollout(mine.numbers, mine.problems, mine.prompts, outputs, texts)
+    batch.metrics |= spool.metrics
+    return batch
 
 
 def fitting_questions(
