@@ -282,6 +282,29 @@ def describe(batch: Rollout, tags: bool = True) -> None:
     )
 
 
+def shown(batch: Rollout, tokenizer: Tokenizer, count: int) -> list[dict]:
+    """The first `count` groups of all processes as a reader wants to see them: the question, and of
+    each output what it earned and, token by token, its log-probs under policy and reference."""
+    G = batch.rewards_PG.shape[1]
+    groups = {}
+    for p, (number, problem) in enumerate(zip(batch.numbers, batch.problems)):
+        if number >= count:
+            continue
+        rows = []
+        for i, o in enumerate(range(p * G, (p + 1) * G)):
+            output, text = batch.outputs[o], batch.texts[o]
+            row = dict(reward=batch.rewards_PG[p, i], advantage=batch.advantages_PG[p, i])
+            row |= dict(text=text, finished=output.finish == "stop")
+            row |= dict(tokens=[tokenizer.decode([token]) for token in output.tokens])
+            row |= dict(logprobs=[round(float(value), 3) for value in output.logprobs])
+            if batch.ref_logprobs:
+                row |= dict(ref_logprobs=[round(x, 3) for x in batch.ref_logprobs[o].tolist()])
+            rows.append(row)
+        asked = {key: getattr(problem, key) for key in ("question", "answer", "checker", "level")}
+        groups[number] = {**asked, "outputs": rows}
+    return list(parallel.gather_numbered(groups).values())
+
+
 @dataclass
 class Laid:
     """Outputs packed into rows, and where each of their N tokens comes from."""
@@ -431,6 +454,7 @@ class Course:
     warmup: int  # updates over which the learning rate rises
     refresh: int  # updates after which the policy becomes the reference
     save_every: int = 20
+    keep_groups: int = 4  # of each rollout, with all that is known of them, in rollouts.jsonl
     states: str = "master"  # of the optimizer of a policy in bf16: runtime/optimizer.py
     offload: bool = False  # reference and optimizer on the CPU while they are not needed
 
@@ -474,6 +498,8 @@ def reinforce(
                     with visiting(reference, device), run.phase("reference") as timer:
                         batch.ref_logprobs = reference_logprobs(reference, batch, now)
                         timer.tokens += written
+            groups = shown(batch, tokenizer, course.keep_groups)
+            run.keep_rollouts(groups, phase=phase, step=done + 1)
             # Several updates, the later ones on outputs of a policy that has since moved on.
             for minibatch in range(min(course.minibatches, course.steps - done)):
                 set_rates([optimizer], min(1.0, (done + 1) / max(1, course.warmup)))

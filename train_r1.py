@@ -124,6 +124,7 @@ class Config(Machine):
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
     eval_requests: int = flag(600, "held-out general requests")
     save_every: int = flag(20, "updates that a kill loses, at most")
+    keep_groups: int = flag(4, "groups of each rollout to keep in rollouts.jsonl, for a reader")
 
     def __post_init__(self):
         super().__post_init__()
@@ -165,7 +166,7 @@ COUNTS = ("cold_questions", "cold_examples", "questions_sft", "judged_questions"
           "epochs", "batch", "steps", "final_steps", "questions", "minibatches", "refresh",
           "max_new_tokens", "preference_rows", "reward_batch", "eval_problems", "eval_samples",
           "eval_requests", "save_every")  # fmt: skip
-MAY_CHANGE = ("until", "save_every", "slots", "micro_tokens")
+MAY_CHANGE = ("until", "save_every", "keep_groups", "slots", "micro_tokens")
 PRESETS = {
     "toy": {},
     # As published; what is not reported: cold_questions, samples, steps, general_share.
@@ -478,7 +479,7 @@ def reinforced(
     course = grpo.Course(
         steps=steps, minibatches=config.minibatches, lr=config.rl_lr,
         warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
-        states=config.optimizer, offload=config.offload,
+        states=config.optimizer, offload=config.offload, keep_groups=config.keep_groups,
     )  # fmt: skip
     with closing(reward):
         finished = grpo.reinforce(

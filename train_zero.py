@@ -8,8 +8,8 @@ The default run first makes its own base: it pretrains a small DeepSeek-V3 on th
 data/corpus.py, and goes on only if that base is competent, that is, if it gets single steps of a
 solution right: RL can only reinforce what a base sometimes does.
 
-It leaves in --out: base/ and model/ (model directories), metrics.jsonl, config.json, result.json,
-curve.png, checkpoints/.
+It leaves in --out: base/ and model/ (model directories), metrics.jsonl, rollouts.jsonl (some groups
+of each rollout), config.json, result.json, curve.png, checkpoints/.
 
 Departures from the paper, besides size:
 - the toy's prompt has no instruction (data/prompts.py);
@@ -96,7 +96,9 @@ class Config(Machine):
     mask_truncated: bool = flag(False, "leave truncated outputs out of the loss (DAPO)")
     replay_routes: bool = flag(False, "train with the experts used when sampling")
     # Rewards.
-    reward: Literal["rules", "format", "random"] = flag("rules", "rules, or a control")
+    reward: Literal["rules", "format", "random", "contains"] = flag(
+        "rules", "rules, or a control; contains: a weak verifier, to see it hacked"
+    )
     format_weight: float = flag(1.0, "weight of the format reward beside the accuracy's 1")
     reward_workers: int = flag(
         0, "processes that compute rewards while outputs are still written; 0: this one, afterwards"
@@ -112,6 +114,7 @@ class Config(Machine):
     eval_problems: int = flag(225, "held-out problems")
     eval_samples: int = flag(16, "outputs for each of them, at temperature 1 and top-p 1")
     save_every: int = flag(20, "updates that a kill loses, at most")
+    keep_groups: int = flag(4, "groups of each rollout to keep in rollouts.jsonl, for a reader")
     resume: bool = flag(False, "continue the run in --out")
     dry_run: bool = flag(False, "print what memory this takes and what fits, and stop")
     gpu_memory: float = flag(0.0, "GB of a GPU, for --dry-run; 0: that of the GPU at hand, or 80")
@@ -155,6 +158,7 @@ PROMPT_TOKENS = 512  # of the longest question, for --dry-run
 MAY_CHANGE = (
     "steps",
     "save_every",
+    "keep_groups",
     "force",
     "slots",
     "micro_tokens",
@@ -283,7 +287,7 @@ def reinforce(
     course = grpo.Course(
         steps=config.steps, minibatches=config.minibatches,
         lr=config.lr, warmup=config.warmup, refresh=config.refresh, save_every=config.save_every,
-        states=config.optimizer, offload=config.offload,
+        states=config.optimizer, offload=config.offload, keep_groups=config.keep_groups,
     )  # fmt: skip
 
     rule = reward_rule(config, tokenizer.tags)
@@ -320,12 +324,17 @@ def reward_rule(config: Config, tags: bool = True) -> grpo.Reward:
 
     rules = partial(rewards.rule_reward, format_weight=config.format_weight, tags=tags)
     only_format, random = partial(format_rule, tags=tags), partial(coin, seed=config.seed)
-    rule = {"rules": rules, "format": only_format, "random": random}[config.reward]
-    return with_workers(rule, config.reward_workers)
+    rule = {"rules": rules, "format": only_format, "random": random, "contains": contains}
+    return with_workers(rule[config.reward], config.reward_workers)
 
 
 def format_rule(problem: Problem, response: str, finished: bool, tags: bool) -> float:
     return rewards.format_reward(response, tags) if finished else 0.0
+
+
+def contains(problem: Problem, response: str, finished: bool) -> float:
+    """A weak verifier, as found in use: right is what has the gold answer somewhere in it."""
+    return float(finished and problem.answer in response)
 
 
 def coin(problem: Problem, response: str, finished: bool, seed: int) -> float:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -128,6 +128,52 @@ class Timer:
     peak_mb: float = 0.0  # memory, of the GPU where there is one
 
 
+class Journal:
+    """A file of JSON lines, each with its phase and step; there is none before the first line.
+    Raises UserError on a line that is something else."""
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, None
+
+    def write(self, line: dict) -> None:
+        if self._file is None:
+            self._file = self.path.open("a")
+        self._file.write(json.dumps(_plain(line)) + "\n")
+        self._file.flush()
+
+    def lines(self) -> Iterator[dict]:
+        for row in self._rows():
+            yield json.loads(row)
+
+    def keep(self, wanted: Callable[[dict], bool]) -> None:
+        """Rewrite the file with the wanted lines only, and without a half-written last one."""
+        if not self.path.exists():
+            return
+        new = self.path.with_name(f".{self.path.name}.new")
+        with new.open("w") as file:
+            for number, row in enumerate(self._rows(), 1):
+                try:
+                    keep = wanted(json.loads(row))
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(
+                        f"{self.path}:{number}: not a line with a phase and a step; delete that"
+                        " line, or give another --out"
+                    ) from None
+                if keep:
+                    file.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._file:
+            self._file.close()
+            self._file = None
+        new.replace(self.path)
+
+    def _rows(self) -> Iterator[str]:
+        if self.path.exists():
+            with self.path.open() as file:
+                yield from (row for row in file if row.endswith("\n"))
+
+
 class Run:
     """The directory of a run: config.json, metrics.jsonl and whatever the recipe puts beside them.
 
@@ -141,6 +187,8 @@ class Run:
     ):  # fmt: skip
         self.out = Path(out)
         self.metrics = self.out / "metrics.jsonl"
+        self._metrics = Journal(self.metrics)
+        self._rollouts = Journal(self.out / "rollouts.jsonl")
         self.seconds: Counter[str] = Counter()  # by phase, over all of the run
         self._recent: dict[str, Timer] = {}  # by phase, since the last `timing()`
         self._inside: list[Timer] = []  # the phases that it is in, the innermost last
@@ -148,7 +196,6 @@ class Run:
         self._told = parallel.seconds  # of which `timing()` has told
         self._saved: dict[str, int] = {}  # by phase, the step of the last checkpoint
         self._how = "the same command" if resume is None else "--resume"
-        self._file = None
         if parallel.is_main():
             free = (*FREE_TO_CHANGE, *may_change)
             self._open(dataclasses.asdict(config), resume, free)
@@ -192,39 +239,30 @@ class Run:
     def log(self, *, phase: str, step: int, **values: Any) -> None:
         """Append a line to metrics.jsonl. Log a step before saving its checkpoint: a kill in
         between repeats the step and its line, where the other order would lose the line."""
-        if self._file:
-            line = {"phase": phase, "step": step, **_plain(values)}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        if parallel.is_main():
+            self._metrics.write({"phase": phase, "step": step, **values})
+
+    def keep_rollouts(self, groups: Iterable[dict], *, phase: str, step: int) -> None:
+        """Append questions with their outputs to rollouts.jsonl, for a reader: what the policy
+        wrote before update `step`, and what it earned."""
+        if parallel.is_main():
+            for group in groups:
+                self._rollouts.write({"phase": phase, "step": step, **group})
 
     def rewind(self, phase: str, step: int) -> None:
         """On resuming after `step` (0: at the beginning): drop the phase's later lines, which will
         be written again."""
-        if self._file:
+        if parallel.is_main():
             self._keep(lambda line: line["phase"] != phase or line["step"] <= step)
 
     def _keep(self, wanted: Callable[[dict], bool]) -> None:
-        """Rewrite metrics.jsonl with the wanted lines only, and without a half-written last one."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        kept, self.seconds = [], Counter()
-        for number, row in enumerate(text.split("\n")[:-1], 1):  # the last holds no whole line
-            try:
-                line = json.loads(row)
-                keep = wanted(line)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.metrics}:{number}: not a line of metrics; delete that line, or give"
-                    " another --out"
-                ) from None
-            if keep:
-                kept.append(row + "\n")
-                for key, value in line.items():
-                    if key.startswith("seconds_"):
-                        self.seconds[key.removeprefix("seconds_")] += value
-        if self._file:
-            self._file.close()
-        write_file(self.metrics, "".join(kept).encode())
-        self._file = self.metrics.open("a")
+        self._rollouts.keep(wanted)
+        self._metrics.keep(wanted)
+        self.seconds = Counter()
+        for line in self._metrics.lines():
+            for key, value in line.items():
+                if key.startswith("seconds_"):
+                    self.seconds[key.removeprefix("seconds_")] += value
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Timer]:
@@ -275,7 +313,7 @@ class Run:
     def spent(self) -> Counter[str]:
         """Seconds by phase of metrics.jsonl, all that was timed in it."""
         spent: Counter[str] = Counter()
-        for line in map(json.loads, self.metrics.read_text().splitlines()):
+        for line in self._metrics.lines():
             times = [value for key, value in line.items() if key.startswith("seconds_")]
             spent[line["phase"]] += round(sum(times), 4)
         return spent

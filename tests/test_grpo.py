@@ -29,9 +29,11 @@ from grpo import (
     lay_out,
     reference_logprobs,
     rollout,
+    shown,
     step,
     token_weights,
 )  # fmt: skip
+from data.tokenizer import Tokenizer
 from model import Config, Transformer
 from runtime import parallel
 from sample import Output
@@ -524,6 +526,29 @@ def test_metrics_by_hand():
         reflection=3 / 6,
         groups_without_signal=1 / 3,
     ))  # fmt: skip
+
+
+def test_what_is_shown_of_a_rollout_is_what_was_drawn_and_paid():
+    tokenizer = Tokenizer.toy()
+    tokens = tokenizer.encode("so 3 .")
+    outputs = [Output([*tokens, tokenizer.end_id], [-0.12345] * (len(tokens) + 1), "stop"),
+               Output(tokens, [-1.0] * len(tokens), "length")] * 2  # fmt: skip
+    texts = [tokenizer.decode(tokens)] * 4
+    rewards_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    problems = [problem(question="1 + 2 ?", answer="3", level=1)] * 2
+    batch = Rollout(
+        [0, 7], problems, [[1]] * 2, outputs, texts, rewards_PG, group_advantages(rewards_PG)
+    )
+    batch.ref_logprobs = [torch.full((len(output.tokens),), -2.0) for output in outputs]
+    (group,) = shown(batch, tokenizer, 7)  # number 7 is beyond the first seven
+    assert group.items() >= dict(question="1 + 2 ?", answer="3", checker="math", level=1).items()
+    first, second = group["outputs"]
+    assert (first["reward"], first["advantage"], first["finished"]) == (1.0, 1.0, True)
+    assert (second["reward"], second["advantage"], second["finished"]) == (0.0, -1.0, False)
+    assert "".join(second["tokens"]) == second["text"] == texts[0]
+    assert len(first["tokens"]) == len(first["logprobs"]) == len(first["ref_logprobs"])
+    assert set(first["logprobs"]) == {-0.123} and set(first["ref_logprobs"]) == {-2.0}
+    assert shown(batch, tokenizer, 0) == []
 
 
 def test_a_group_that_differs_by_rounding_only_has_no_signal():

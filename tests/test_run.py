@@ -234,11 +234,29 @@ def test_a_resumed_metrics_file_equals_an_uninterrupted_one(tmp_path):
     assert again.metrics.read_text() == whole.metrics.read_text()
 
 
+def test_resumed_rollouts_equal_uninterrupted_ones_and_end_with_a_whole_line(tmp_path):
+    def keep(run, *steps):
+        for step in steps:
+            run.keep_rollouts([{"question": "1 + 1"}, {"question": "2"}], phase="rl", step=step)
+
+    whole, cut = Run(tmp_path / "whole", Config()), Run(tmp_path / "cut", Config())
+    assert not (tmp_path / "cut" / "rollouts.jsonl").exists()  # for one that has none
+    keep(whole, 1, 3, 5, 7)
+    keep(cut, 1, 3, 5)
+    with (tmp_path / "cut" / "rollouts.jsonl").open("a") as file:
+        file.write('{"phase": "rl", "st')  # killed while it wrote
+    again = Run(tmp_path / "cut", Config(), resume=True)
+    again.rewind("rl", 4)
+    keep(again, 5, 7)
+    files = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "cut")]
+    assert files[0] == files[1] and files[0].count("\n") == 8
+
+
 def test_a_line_of_metrics_that_is_no_json_is_named(tmp_path):
     run = Run(tmp_path, Config())
     run.log(phase="rl", step=1)
     run.metrics.write_text("what\n" + run.metrics.read_text())
-    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a line of metrics"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: not a line with a phase"):
         Run(tmp_path, Config(), resume=True)
 
 
