@@ -1,4 +1,5 @@
-"""Every kernel, compiled for three GPUs that are not there, at the sizes of real models."""
+"""Every kernel, compiled for a GPU that is not there, at the sizes of real models; for two more with
+-m slow, which takes minutes."""
 
 import json
 import subprocess
@@ -13,29 +14,32 @@ NO_DOT = ("_rms_norm", "_rms_norm_backward", "_swiglu", "_swiglu_backward", "_me
           "_sum_copies", "_dequant", "_quant")  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=[(90,), pytest.param((80, 89), marks=pytest.mark.slow)])
+def kernels(request, tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("compile") / "kernels.json"
-    command = [sys.executable, "-m", "bench.compile", "--json", str(file)]
+    archs = map(str, request.param)
+    command = [sys.executable, "-m", "bench.compile", "--json", str(file), "--arch", *archs]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(file.read_text())["kernels"]
 
 
-def test_every_kernel_compiles_without_spills_for_each_architecture(kernels):
-    launched = {arch: {k["kernel"] for k in kernels if k["arch"] == arch} for arch in SHARED}
-    assert len(launched[90]) == 16 and len(set(map(frozenset, launched.values()))) == 1
+def test_every_kernel_compiles_without_spills(kernels):
+    archs = {kernel["arch"] for kernel in kernels}
+    for arch in archs:
+        assert len({k["kernel"] for k in kernels if k["arch"] == arch}) == 16, arch
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared"] <= SHARED[kernel["arch"]], kernel
         assert kernel["registers"] <= 255, kernel
 
 
-def test_bf16_products_use_the_warp_group_instructions_of_hopper(kernels):
+def test_bf16_products_use_the_warp_group_instructions_of_hopper_alone(kernels):
     products = [k for k in kernels if k["kernel"] not in NO_DOT and "fp32" not in k["case"]]
-    hopper = [k for k in products if k["arch"] == 90]
-    assert len(hopper) > 40
-    # A tile for keys of 256 numbers has no room for the 64 rows that these instructions take.
-    without = {(k["case"], k["kernel"]) for k in hopper if not k["wgmma"]}
-    assert without <= {("attention: 16 heads of 256", "_backward_kv")}
     assert not any(k["wgmma"] for k in products if k["arch"] != 90)
+    hopper = [k for k in products if k["arch"] == 90]
+    if hopper:
+        assert len(hopper) > 40
+        # A tile for keys of 256 numbers has no room for the 64 rows that these instructions take.
+        without = {(k["case"], k["kernel"]) for k in hopper if not k["wgmma"]}
+        assert without <= {("attention: 16 heads of 256", "_backward_kv")}
