@@ -49,6 +49,7 @@ from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Transformer
 from runtime import parallel
+from runtime.advice import Advice
 from runtime.balance import Lengths
 from runtime.optimizer import adamw, away, visiting
 from runtime.run import Run, check_finite, progress
@@ -474,6 +475,7 @@ def reinforce(
     state = first_state(policy, course, settings(0).beta > 0, seed)
     optimizer, reference = state["optimizer"], state.get("reference")
     done, lengths = run.resume(phase, state), Lengths()
+    advice = Advice(course.steps, done)
     with progress(course.steps, "GRPO", initial=done) as bar:
         while done < course.steps:
             now = settings(done)
@@ -514,6 +516,7 @@ def reinforce(
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
                 run.log(phase=phase, step=done, **stats, **sampled, **run.timing())
+                advice.update(done, stats, sampled, now.beta)
                 bar.update(1)
             bar.set_postfix({key: batch.metrics[key] for key in ("reward", "accuracy", "tokens")})
             every = course.save_every if done < course.steps else 1  # the end is always saved

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -92,8 +93,8 @@ def launch(
 
     The config's fields `threads`, `seed` and `device` are heeded where it has them. Exit codes: 2
     for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
-    diverged loss, a full disk or the loss of another rank, each with one line in place of a
-    traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that failed speaks.
+    diverged loss, memory or a disk that is full, or the loss of another rank, each with one line
+    in place of a traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that failed speaks.
     """
     try:
         _prepare(config)
@@ -144,10 +145,34 @@ def _explain(error: Exception, config: Any, user_errors: tuple) -> tuple[int, st
         return 2, line
     if isinstance(error, Diverged):
         return 1, line
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _on_cpu(error):
+        return 1, _memory(error, config)
     if _disk_is_full(error):
         name = getattr(error, "filename", None) or getattr(config, "out", "")
         return 1, f"{name}: the disk is full; free some space, then --resume"
     return 0, ""
+
+
+def _on_cpu(error: Exception) -> bool:
+    """Whether torch's allocator on the CPU found no memory: it has no error of its own."""
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _memory(error: Exception, config: Any) -> str:
+    """What was asked for and was not there, and which of this program's flags need less."""
+    asked = re.search(r"[Tt]ried to allocate [0-9.]+ \w+", str(error))
+    held = ""
+    if torch.cuda.is_available() and isinstance(error, torch.OutOfMemoryError):
+        free, total = torch.cuda.mem_get_info()
+        held = f" ({free / 2**30:.1f} of {total / 2**30:.1f} GB are free)"
+    less = [
+        f"a lower --{name.replace('_', '-')} (now {getattr(config, name)})"
+        for name in ("micro_tokens", "slots", "max_new_tokens") if getattr(config, name, 0)
+    ]  # fmt: skip
+    less += [f"--{name}" for name in ("recompute", "offload") if not getattr(config, name, True)]
+    less += ["--dry-run shows what takes how much"] if hasattr(config, "dry_run") else []
+    advice = f": {'; '.join(less)}" if less else ""
+    return f"out of memory: {asked[0].lower() if asked else 'none was left'}{held}{advice}"
 
 
 def _let_the_cause_speak() -> None:
