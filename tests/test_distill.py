@@ -26,6 +26,7 @@ import distill
 import grpo
 import sample
 import sft
+from bench.readme import unexplained
 from data.problems import Problem
 from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
@@ -201,6 +202,10 @@ def test_the_toys_student_is_small_and_dense():
 
 
 # --- the dataset
+
+
+def test_readme_explains_every_metric(whole):
+    assert not unexplained(whole / "metrics.jsonl")
 
 
 def test_the_dataset_is_lines_of_json_with_a_verdict_each(whole):

@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from bench import readme
 from runtime.memory import Config, overview
 
 ROOT = Path(__file__).parent.parent
@@ -10,20 +13,22 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_each_equation_has_its_code_and_its_test():
-    row = r"^\| .+ \| `([\w/]+\.py)` `(\w+)` \| `([\w/]+\.py)` `(\w+)` \|$"
-    rows = re.findall(row, README, re.M)
-    assert len(rows) >= 12
-    for file, name, test_file, test in rows:
-        assert re.search(rf"^\s*(def|class) {name}\b", (ROOT / file).read_text(), re.M), name
+    rows = readme.ROW.findall(README)
+    assert len(rows) >= 20
+    for _, _, _, test_file, test in rows:
         assert f"\ndef {test}(" in (ROOT / "tests" / test_file).read_text(), test
 
 
-def test_the_line_counts_are_about_right():
-    counts = re.findall(r"`(\w+\.py)` \((\d+)(?: lines)?\)", README)
-    assert len(counts) >= 6
-    for file, count in counts:
-        lines = len((ROOT / file).read_text().splitlines())
-        assert abs(lines - int(count)) <= 25, f"{file} has {lines} lines, README says {count}"
+def test_line_numbers_are_those_of_the_code():
+    assert len(readme.COUNT.findall(README)) >= 6
+    assert readme.refreshed(README) == README, "python -m bench.readme brings it up to date"
+
+
+def test_an_equation_whose_code_is_gone_is_named():
+    row = "| R1 Eq. 9 | [grpo.py:1](grpo.py#L1) `no_such` | `test_grpo.py` `test_x` |"
+    with pytest.raises(ValueError, match="no_such in grpo.py"):
+        readme.refreshed(row)
+    assert "grpo.py:1]" not in readme.refreshed(row.replace("no_such", "grpo_loss"))
 
 
 def test_every_file_that_readme_links_to_is_there():

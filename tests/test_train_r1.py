@@ -33,6 +33,7 @@ import sft
 import train_r1
 import train_zero
 from data import chat
+from bench.readme import unexplained
 from data.problems import Problem, bilingual_chain, spelled_chain
 from data.tokenizer import Tokenizer
 from model import Config as ModelConfig
@@ -223,6 +224,10 @@ def same(weights: dict[str, torch.Tensor], directory: Path) -> bool:
 
 
 # --- what starts from what
+
+
+def test_readme_explains_every_metric(whole):
+    assert not unexplained(whole.out / "metrics.jsonl")
 
 
 def test_each_stage_starts_from_the_model_that_the_paper_says(whole, zero):

@@ -24,6 +24,7 @@ import grpo
 import sample
 import sft
 import train_zero
+from bench.readme import unexplained
 from data.corpus import BILINGUAL, Mix
 from data.problems import Problem, calc_chain
 from data.tokenizer import Tokenizer
@@ -133,6 +134,10 @@ def refused(capsys, *argv) -> str:
 
 
 # --- what a run leaves
+
+
+def test_readme_explains_every_metric(whole):
+    assert not unexplained(whole / "metrics.jsonl")
 
 
 def test_a_run_leaves_models_metrics_config_result_and_curve(whole):
