@@ -44,6 +44,7 @@ from statistics import fmean as mean
 import torch
 from torch import Tensor, nn
 
+import rewards
 from data.packing import Packed, pack
 from data.problems import Problem
 from data.tokenizer import Tokenizer
@@ -153,6 +154,8 @@ class Settings:
     normalize_std: bool = True
     mask_truncated: bool = False  # leave outputs that were cut off out of the loss (DAPO)
     replay_routes: bool = False  # train with the experts that were used when sampling
+    repetition_penalty: float = 0.0  # weight of rewards.repetition
+    overlong_buffer: int = 0  # tokens over which rewards.overlong_penalty falls (DAPO); 0: without
     max_grad_norm: float = 1.0
     row_tokens: int = 256  # outputs are packed into rows of so many tokens, or of the longest
     micro_tokens: int = 4096  # tokens of a micro-batch, padding included; at least one row
@@ -166,6 +169,12 @@ class Settings:
             )
         if self.eps_high is not None and self.eps_high <= 0:
             raise ValueError(f"eps_high={self.eps_high}: more than 0, or none for eps")
+        if self.repetition_penalty < 0 or not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty}, overlong_buffer="
+                f"{self.overlong_buffer}: need a weight >= 0, and a buffer from 0 (off) to the"
+                f" longest output, {self.max_new_tokens}"
+            )
         if self.group_size < 2 or self.temperature <= 0 or self.eps <= 0 or self.beta < 0:
             raise ValueError(
                 f"group_size={self.group_size}, temperature={self.temperature}, eps={self.eps},"
@@ -200,6 +209,7 @@ class Rollout:
     rewards_PG: Tensor | None = None
     advantages_PG: Tensor | None = None
     ref_logprobs: list[Tensor] | None = None  # a tensor for each output
+    shaping: list[dict[str, float]] | None = None  # of each output: what its reward includes
     metrics: dict = field(default_factory=dict)
     lengths: dict[int, float] = field(default_factory=dict)  # of all processes: number -> tokens
 
@@ -250,11 +260,24 @@ def reward_outputs(batch: Rollout, reward: Reward, settings: Settings, tags: boo
     """Put rewards, advantages and what describes them into the batch."""
     asked = [problem for problem in batch.problems for _ in range(settings.group_size)]
     values = reward(asked, batch.texts, [output.finish == "stop" for output in batch.outputs])
+    batch.shaping = [shaping(*pair, settings) for pair in zip(batch.texts, batch.outputs)]
+    values = [value + sum(terms.values()) for value, terms in zip(values, batch.shaping)]
     batch.rewards_PG = torch.tensor(values, dtype=torch.float64).view(
         len(batch.problems), settings.group_size
     )
     batch.advantages_PG = group_advantages(batch.rewards_PG, settings.normalize_std)
     describe(batch, tags)
+
+
+def shaping(text: str, output: Output, settings: Settings) -> dict[str, float]:
+    """What is added to an output's reward, finished or not, beside the paper's; none by default."""
+    terms = {}
+    if settings.repetition_penalty:
+        terms["repetition"] = -settings.repetition_penalty * rewards.repetition(text)
+    if settings.overlong_buffer:
+        limits = settings.max_new_tokens, settings.overlong_buffer
+        terms["overlong"] = rewards.overlong_penalty(len(output.tokens), *limits)
+    return terms
 
 
 def describe(batch: Rollout, tags: bool = True) -> None:
@@ -265,6 +288,8 @@ def describe(batch: Rollout, tags: bool = True) -> None:
         members = slice(p * G, (p + 1) * G)
         outputs = zip(batch.texts[members], batch.outputs[members], values_G.tolist())
         rows = [dict(reward=value, **judge(problem, *output, tags)) for *output, value in outputs]
+        for row, terms in zip(rows, (batch.shaping or [])[members]):
+            row |= terms
         groups.append((problem.level, bool(batch.advantages_PG[p].any()), rows))
     # A question's group is never split over processes.
     groups = parallel.gather_numbered(dict(zip(batch.numbers, groups)))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from data.languages import HAN, LANGUAGES, language_of, language_share
 from data.packing import pack
 from model import Transformer
 
@@ -296,30 +297,33 @@ def rule_reward(
     return accuracy + format_weight * format_reward(response, tags)
 
 
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-LANGUAGES = {"en": "A-Za-z\u00c0-\u024f", "zh": HAN}  # the letters of each language's script
-
-
-def language_of(text: str) -> str:
-    """ "zh" where there is any Chinese, otherwise "en"."""
-    return "zh" if re.search(f"[{HAN}]", text) else "en"
-
-
 def language_reward(response: str, language: str) -> float:
-    """The share of the reasoning's words that are in the script of `language` ("en" or "zh").
-
-    A word is a run of two or more letters (one letter is a variable), or a single Han character:
-    finding Chinese words needs a dictionary. Without words nothing is mixed, so the share is 1.0.
-    """
+    """R1 2.3.2: the share of the reasoning's words that are in `language`, a key of LANGUAGES.
+    data/languages.py says what a word is, and what tells languages of one script apart."""
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}; use one of {', '.join(LANGUAGES)}")
     reasoning, _ = split_reasoning(response)
-    reasoning = re.sub(r"\\[A-Za-z]+", " ", TAG.sub(" ", reasoning))  # LaTeX is no language
-    letters = "".join(c if c.isalpha() else " " for c in reasoning)
-    words = re.findall(rf"[{HAN}]|[^\s{HAN}]{{2,}}", letters)
-    ours = re.compile(f"[{LANGUAGES[language]}]+")
-    # R1 2.3.2: Reward_language = Num(Words_target) / Num(Words)
-    return sum(ours.fullmatch(word) is not None for word in words) / len(words) if words else 1.0
+    return language_share(TAG.sub(" ", reasoning), language)
+
+
+# ---- shaping that is not R1's, off by default ------------------------------------------
+
+WORD = re.compile(rf"[{HAN}]|[^\s{HAN}]+")  # or one Chinese character
+RUN = 10  # words
+
+
+def repetition(text: str) -> float:
+    """The share of the text's runs of ten words that have stood in it before: of what Yeo et al.
+    (2502.03373) penalise, token by token, lest long reasoning fill up with repeats."""
+    words = WORD.findall(text)
+    runs = list(zip(*(words[i:] for i in range(RUN))))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def overlong_penalty(length: int, longest: int, buffer: int) -> float:
+    """From 0 down to -1 over the last `buffer` tokens before the longest output allowed."""
+    # DAPO (2503.14476) Eq. 13: ((L_max - L_cache) - |y|) / L_cache, between 0 and -1
+    return min(0.0, max(-1.0, (longest - buffer - length) / buffer))
 
 
 # ---- measures for the evaluation -------------------------------------------------------

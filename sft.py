@@ -467,7 +467,6 @@ def learn_rows(
 
 # ---- rejection sampling --------------------------------------------------------------------
 
-WORD = re.compile(rf"[{rewards.HAN}]|[^\s{rewards.HAN}]+")  # or one Chinese character
 VERDICTS = ("kept", "cut off", "wrong", "mixed", "repeated", "too long", "code", "twice", "no room")
 
 
@@ -497,11 +496,11 @@ def verdict(
         return "mixed"
     if "```" in text:
         return "code"
-    words = WORD.findall(text)
+    words = rewards.WORD.findall(text)
     tens = Counter(zip(*(words[i:] for i in range(10))))
     if max(tens.values(), default=0) > readable.most_repeats:
         return "repeated"
-    longest = max(len(WORD.findall(paragraph)) for paragraph in text.split("\n"))
+    longest = max(len(rewards.WORD.findall(paragraph)) for paragraph in text.split("\n"))
     return "too long" if longest > readable.longest_paragraph else "kept"
 
 

@@ -100,6 +100,12 @@ class Config(Machine):
         "rules", "rules, or a control; contains: a weak verifier, to see it hacked"
     )
     format_weight: float = flag(1.0, "weight of the format reward beside the accuracy's 1")
+    repetition_penalty: float = flag(
+        0.0, "weight of the share of ten-word runs that repeat, 0: without (Yeo et al.)"
+    )
+    overlong_buffer: int = flag(
+        0, "last tokens before the limit over which the reward falls by 1, 0: without (DAPO)"
+    )
     reward_workers: int = flag(
         0, "processes that compute rewards while outputs are still written; 0: this one, afterwards"
     )
@@ -315,6 +321,7 @@ def grpo_settings(config: Config, done: int) -> grpo.Settings:
         temperature=config.temperature, eps=config.eps, eps_high=config.eps_high, beta=config.beta,
         ratio=config.ratio, aggregation=config.aggregation, normalize_std=config.normalize_std,
         mask_truncated=config.mask_truncated, replay_routes=config.replay_routes,
+        repetition_penalty=config.repetition_penalty, overlong_buffer=config.overlong_buffer,
         slots=config.slots, micro_tokens=config.micro_tokens,
     )  # fmt: skip
 

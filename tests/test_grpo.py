@@ -28,6 +28,7 @@ from grpo import (
     kl_estimate,
     lay_out,
     reference_logprobs,
+    reward_outputs,
     rollout,
     shown,
     step,
@@ -416,7 +417,8 @@ def test_unknown_variants_are_refused_by_name():
 
 @pytest.mark.parametrize(
     "changes", [dict(top_p=0.95), dict(group_size=1), dict(temperature=0.0), dict(eps=0.0),
-                dict(beta=-0.1), dict(eps_high=-2.0)]
+                dict(beta=-0.1), dict(eps_high=-2.0), dict(repetition_penalty=-0.5),
+                dict(overlong_buffer=-1), dict(overlong_buffer=40_000)]
 )  # fmt: skip
 def test_settings_refuse_what_makes_the_update_wrong(changes):
     ((name, value),) = changes.items()
@@ -549,6 +551,36 @@ def test_what_is_shown_of_a_rollout_is_what_was_drawn_and_paid():
     assert len(first["tokens"]) == len(first["logprobs"]) == len(first["ref_logprobs"])
     assert set(first["logprobs"]) == {-0.123} and set(first["ref_logprobs"]) == {-2.0}
     assert shown(batch, tokenizer, 0) == []
+
+
+def test_shaping_is_added_to_any_output_and_told_only_where_it_is_on():
+    def outputs_of(*lengths) -> list[Output]:
+        return [Output([1] * n, [0.0] * n, "length" if n == 20 else "stop") for n in lengths]
+
+    def shaped(**changes) -> Rollout:
+        texts = [RIGHT, WRONG, "wait a bit , " * 30, BARE]
+        outputs, problems = outputs_of(4, 12, 20, 16), [problem(answer="2"), problem(answer="3")]
+        batch = Rollout([0, 1], problems, [[1]] * 2, outputs, texts)
+        settings = Settings(group_size=2, max_new_tokens=20, **changes)
+        reward_outputs(batch, lambda problems, texts, ended: [2.0, 0.1, 0.0, 0.7], settings)
+        return batch
+
+    plain = shaped()
+    assert plain.rewards_PG.tolist() == [[2.0, 0.1], [0.0, 0.7]]
+    assert not {"repetition", "overlong"} & set(plain.metrics)
+    # Ten of 20 tokens are the buffer: 12 are 2 too many, 16 are 6, and the one cut off has all 20.
+    overlong = shaped(overlong_buffer=10)
+    assert overlong.rewards_PG.flatten().tolist() == pytest.approx(
+        [2.0, 0.1 - 0.2, -1.0, 0.7 - 0.6]
+    )
+    assert overlong.metrics["overlong"] == pytest.approx(-1.8 / 4)
+    assert overlong.metrics["reward"] == pytest.approx(1.0 / 4)
+    assert "repetition" not in overlong.metrics
+    # 120 words, 111 runs of ten, of which four are new.
+    both = shaped(overlong_buffer=10, repetition_penalty=0.5)
+    repeats = -0.5 * 107 / 111
+    assert both.rewards_PG[1].tolist() == pytest.approx([-1.0 + repeats, 0.7 - 0.6])
+    assert both.metrics["repetition"] == pytest.approx(repeats / 4)
 
 
 def test_a_group_that_differs_by_rounding_only_has_no_signal():

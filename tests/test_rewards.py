@@ -24,9 +24,11 @@ from rewards import (
     majority,
     math_equal,
     need_rules,
+    overlong_penalty,
     pairwise_loss,
     pointwise_loss,
     reflections,
+    repetition,
     summary,
 )
 from runtime.pretrained import load_pretrained, save_pretrained
@@ -623,8 +625,34 @@ def test_words_cannot_hide_before_the_opening_tag():
 
 
 def test_an_unknown_language_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'fr'; use one of en, zh"):
-        language_reward(GOOD, "fr")
+    with pytest.raises(ValueError, match="'tlh'; use one of en, zh"):
+        language_reward(GOOD, "tlh")
+
+
+# ---- shaping -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        ("", 0),
+        ("one two three", 0),
+        (" ".join(map(str, range(500))), 0),
+        (" ".join(map(str, [*range(10), *range(10)])), 1 / 11),  # 11 runs, the last one again
+        ("a " * 11, 1 / 2),
+        ("a " * 1009, 0.999),
+        ("\u7b54" * 1009, 0.999),  # unspaced Chinese: each character is a word
+        ("so 1 + 2 = 3 . " * 2, 0),  # shorter than a run
+    ],
+)
+def test_repetition_is_the_share_of_ten_word_runs_that_have_been(text, share):
+    assert repetition(text) == pytest.approx(share)
+
+
+def test_dapo_eq_13_the_soft_overlong_punishment():
+    lengths = (0, 700, 750, 775, 800, 900, 1000, 1200)
+    wanted = [0, 0, 0, -0.1, -0.2, -0.6, -1, -1]
+    assert [overlong_penalty(n, 1000, 250) for n in lengths] == pytest.approx(wanted)
 
 
 # ---- reflections and the vote ----------------------------------------------------------

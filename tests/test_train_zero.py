@@ -426,6 +426,19 @@ def test_the_longest_output_is_raised_in_the_middle(base, tmp_path):
     assert rl[0]["tokens"] <= 8 < rl[2]["tokens"] <= 20
 
 
+def test_shaping_is_told_only_where_it_is_on_and_its_limit_is_raised_with_the_cap(base, tmp_path):
+    flags = ["--overlong-buffer", "4", "--repetition-penalty", "0.5"]
+    raised = ["--raise-at", "2", "--raised-max-new-tokens", "30"]
+    plain = run_from(base, tmp_path / "plain", "--steps", "4", *raised)
+    shaped = run_from(base, tmp_path / "shaped", "--steps", "4", *flags, *raised)
+    assert not any("overlong" in row or "repetition" in row for row in plain)
+    first, second = [row for row in shaped if "reward" in row]
+    assert first["overlong"] < 0 and first["repetition"] == 0  # hardly ten words in 8 tokens
+    assert first["reward"] == pytest.approx(plain[0]["reward"] + first["overlong"])
+    assert -first["truncated"] >= first["overlong"] >= -1 and second["overlong"] >= -1
+    assert second["tokens"] > 8
+
+
 def test_without_beta_the_reference_is_not_asked(base, tmp_path, monkeypatch):
     monkeypatch.delattr(grpo, "reference_logprobs")
     rl = run_from(base, tmp_path / "run", "--steps", "2", "--beta", "0")
