@@ -31,7 +31,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from data.languages import HAN, LANGUAGES, language_of, language_share
+from data import puzzles
+from data.languages import HAN, LANGUAGES, language_share
+from data.languages import language_of as language_of  # for those who use it beside the reward
 from data.packing import pack
 from model import Transformer
 
@@ -240,8 +242,8 @@ def countdown_equal(expression: str | None, gold: str) -> bool:
 # ---- the rewards -----------------------------------------------------------------------
 
 # None: no rule can tell. A model judges these, by its reference or by what people prefer.
-CHECKERS = {"math": math_equal, "countdown": countdown_equal, "judge": None, "helpful": None,
-            "harmless": None}  # fmt: skip
+CHECKERS = {"math": math_equal, "countdown": countdown_equal, **puzzles.CHECKERS, "judge": None,
+            "helpful": None, "harmless": None}  # fmt: skip
 
 
 def need_rules(problems: Iterable) -> None:

@@ -595,7 +595,7 @@ class Config:
     model: str = flag("runs/zero/model", "model directory")
     prompt: str | None = flag(None, "a question (without it and --data: one question a line)")
     data: str | None = flag(
-        None, "evaluate on these problems: a JSONL file, calc-chain or countdown"
+        None, "evaluate on these problems: a JSONL file, calc-chain, countdown or a puzzle's name"
     )
     samples: int = flag(16, "outputs for each problem (k)")
     limit: int = flag(500, "problems to evaluate on, at most")

@@ -24,7 +24,6 @@ import json
 import math
 import operator
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

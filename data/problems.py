@@ -6,8 +6,9 @@ both pure functions of their arguments, so that a run can resume without a posit
     batch(count, *, seed, step)     questions of the training split, for one step
     held_out(count, *, seed=0)      questions that no batch ever contains (a hash decides which)
 
-and there are two kinds of source: Generated, without end (`calc_chain`, the toy's task, and
-`countdown`), and Listed, a file that is walked in epochs (`read_jsonl`: GSM8K, MATH, your own).
+and there are two kinds of source: Generated, without end (`calc_chain`, the toy's task, `countdown`
+and those of puzzles.py), and Listed, a file that is walked in epochs (`read_jsonl`: GSM8K, MATH,
+your own).
 
 Read next: ../rewards.py (what compares an output with the gold answer).
 Check it: python -m pytest tests/test_problems.py
@@ -22,10 +23,12 @@ import re
 import reprlib
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from data.chat import DIGITS
 from data.corpus import BILINGUAL, LABELS, Chain
+from data.puzzles import PUZZLES
 
 HELD_OUT = 0.05  # share of the problems kept from training; the toy's corpus has its own
 
@@ -182,13 +185,27 @@ def countdown(levels: Iterable[int] = (3, 4)) -> Generated:
     return Generated(make, levels, easiest=2, hardest=6)
 
 
+def puzzle(name: str, levels: Iterable[int] | None = None) -> Generated:
+    """One of puzzles.py, which says what its levels are."""
+    maker, usual, easiest, hardest = PUZZLES[name]
+
+    def make(level: int, rng: random.Random) -> Draw:
+        question, answer, checker, identity = maker(level, rng)
+        held_out = _share(f"{name} {identity}") < HELD_OUT
+        return Draw(Problem(question, answer, checker, level), identity, held_out)
+
+    levels = usual if levels is None else levels
+    return Generated(make, levels, easiest=easiest, hardest=hardest)
+
+
 def load(source: str, *, all_held_out: bool = False, **settings) -> Generated | Listed:
-    """`calc-chain`, `bilingual-chain`, `spelled-chain`, `countdown` or the path of a JSONL file,
-    with the settings of that source.
+    """`calc-chain`, `bilingual-chain`, `spelled-chain`, `countdown`, one of puzzles.py or the path
+    of a JSONL file, with the settings of that source.
     all_held_out: a file is a test file; generated problems have a held-out part of their own.
     Raises ValueError for another name, DataError for a file that cannot be used."""
     generated = {"calc-chain": calc_chain, "bilingual-chain": bilingual_chain,
-                 "spelled-chain": spelled_chain, "countdown": countdown}  # fmt: skip
+                 "spelled-chain": spelled_chain, "countdown": countdown,
+                 **{name: partial(puzzle, name) for name in PUZZLES}}  # fmt: skip
     if source in generated:
         return generated[source](**settings)
     if "." in source or os.path.exists(source):
