@@ -35,9 +35,10 @@ TOY = "User: {question} Assistant:"
 # How a readable answer sums up, before the boxed result (R1 2.3.1). Chat templates have
 # those of r1-zero.
 SUMMARY = {
-    "r1-zero": {"en": "The answer is", "zh": "答案是"},
+    "r1-zero": {"en": "The answer is", "zh": "答案是", "de": "Die Antwort ist",
+                "fr": "La réponse est", "es": "La respuesta es", "ru": "Ответ:", "ja": "答えは"},
     "toy": {"en": "the answer is", "zh": "答案 是"},
-}
+}  # fmt: skip
 
 # What the generative reward model is asked (R1 2.3.3); yes or no follows. Not reported.
 JUDGE = {

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.languages import LANGUAGES
 from data.prompts import (
     CHATS, JUDGE, SUMMARY, TEMPLATES, build_judgement, build_prompt, check_template,
     default_template, encode_prompt, opened, sum_up,
@@ -403,7 +404,7 @@ def test_what_a_template_has_no_place_for_is_refused():
 
 def test_chat_templates_sum_up_and_judge_as_r1_zero_does():
     for name in CHATS:
-        for language in ("en", "zh"):
+        for language in LANGUAGES:
             assert sum_up("4", language, name) == sum_up("4", language, "r1-zero")
         assert build_judgement("q", "4", "5", name) == build_judgement("q", "4", "5", "r1-zero")
     assert sum_up("4", "en", "toy").startswith(SUMMARY["toy"]["en"])
