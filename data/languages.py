@@ -9,6 +9,7 @@ theirs, and Chinese and Japanese their characters. There short lists of frequent
 
 (Between Chinese and Japanese a character by itself decides nothing: its clause does, by the kana
 against the characters that are frequent in Chinese only.)
+
 So a German sentence in an English answer counts against it, the words that no list has included;
 a name, a rare word or a text of numbers does no harm. German nouns between English function words
 are taken for English: to tell, one needs a dictionary.
@@ -39,7 +40,7 @@ LISTS = {
         does done each easy either else equal equals even every false find first for from get give
         gives guess had has hat have he hence her here his how however if in into is it its just
         know last left less let like man many may me mean means minus more most much must my need
-        next no not now number numbers of on once one only or other our out over par plus pour
+        next no non not now number numbers of on once one only or other our out over par plus pour
         problem question result right same second see she should since so solution solve some son
         step still such suppose take than that the their them then there therefore these they think
         third this those three thus times to together too total true two under until up use using
@@ -52,13 +53,13 @@ LISTS = {
         damit danach dann daraus das dass davon dazu daß dem den denn der des deshalb die diese
         diesem diesen dieser dieses doch dort drei du durch ein eine einem einen einer eines einmal
         er ergebnis ergibt es etwa etwas falls falsch frage für gegeben genau gibt gilt gleich
-        gleichung habe haben her hier ich ihm ihn ihr immer in insgesamt ist jede jeden jeder jedes
-        jedoch jetzt kann kein keine können lösung man mehr mein minus mit muss müssen nach nehmen
-        nein nicht nichts noch nun nur ob oder ohne problem prüfe prüfen rechne rechnen rechnung
-        richtig schon sehr sein seine sich sie sind so soll sollte somit sondern summe total um und
-        uns unter viele vier vom von vor wahr was weil weiter welche welcher welches wenn wer werden
-        wie wieder will wir wird wo wobei wurde wurden während zahl zahlen zeigen zu zuerst zum
-        zunächst zur zwei zweite zwischen über überprüfen
+        gleichung habe haben hat her hier ich ihm ihn ihr immer in insgesamt ist jede jeden jeder
+        jedes jedoch jetzt kann kein keine können lösung man mehr mein minus mit muss müssen nach
+        nehmen nein nicht nichts noch nun nur ob oder ohne problem prüfe prüfen rechne rechnen
+        rechnung richtig schon sehr sein seine sich sie sind so soll sollte somit sondern summe
+        total um und uns unter viele vier vom von vor wahr was weil weiter welche welcher welches
+        wenn wer werden wie wieder will wir wird wo wobei wurde wurden während zahl zahlen zeigen zu
+        zuerst zum zunächst zur zwei zweite zwischen über überprüfen
     """,
     "fr": """
         abord afin ai ainsi alors an après au aucun aussi autre autres aux avait avant avec avoir
