@@ -7,8 +7,8 @@ earns 0. The language reward is R1's (2.3.2); the vote is the evaluation's cons@
 the two reward models that R1 learns from preferences (2.3.4), used late and for a short time.
 
 The paper does not report how answers are matched. Here:
-  - nothing that a model writes is ever executed: `re` and `fractions` read it all;
-  - only ASCII digits make numbers: Python's `int` would also accept an Arabic-Indic three;
+  - nothing that a model writes is ever executed: parsers of our own read it all;
+  - two answers are one by the rules of data/answers.py, which compares them;
   - tags count exactly as the template writes them, in lower case.
 
 A response is judged from its `<think>` on. R1-Zero's policy writes it; where R1's chat template has
@@ -23,7 +23,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,6 +31,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from data import puzzles
+from data.answers import MAX_ANSWER, closing_brace, math_equal, undress
+from data.expressions import MAX_DEPTH as MAX_DEPTH  # Countdown's limit too
+from data.expressions import arithmetic
 from data.languages import HAN, LANGUAGES, language_share
 from data.languages import language_of as language_of  # for those who use it beside the reward
 from data.packing import pack
@@ -57,16 +59,6 @@ def split_reasoning(response: str) -> tuple[str, str | None]:
         return response, None  # never closed, closed twice, reopened: where would the answer start?
     reasoning, _, rest = response.partition("</think>")
     return reasoning, rest
-
-
-def closing_brace(text: str, start: int) -> int:
-    """Index of the brace that closes the one at `start`, or -1; escaped braces do not count."""
-    depth = 0
-    for token in re.compile(r"\\.|[{}]").finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return token.start()
-    return -1
 
 
 def last_box(text: str) -> str | None:
@@ -104,116 +96,9 @@ def extract_answer(response: str) -> str | None:
     return (answer or "").strip() or None
 
 
-# ---- mathematics -----------------------------------------------------------------------
-
-MAX_ANSWER = 1000  # characters; bounds the time and the size of every number below
-
-# What LaTeX adds to an answer. Most of it becomes a space, not nothing, lest two digits join.
-DRESS = (
-    (r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r" \1 "),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
-    (r"\\!", ""),
-    (r"\{,\}", ","),
-    (r"\\?\$", " "),  # delimits mathematics or marks money: the question has fixed the currency
-    (r"\\(?:left|right)(?![A-Za-z])|\\[,;: ()\[\]]|~", " "),
-    (r"\\([%{}])", r"\1"),
-    ("\N{MINUS SIGN}", "-"),
-    (r"\s*([-+*/=^()\[\]])\s*", r"\1"),  # not the comma: "1, 234" are two numbers
-)
-
-NUMBER = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-FRAC = re.compile(rf"^([+-]?)\\frac\{{(-?{NUMBER})\}}\{{({NUMBER})\}}(?=[ %]|$)")
-QUANTITY = re.compile(rf"([+-]?{NUMBER})(?:/({NUMBER}))?( ?%| [a-z]+)?")
-BRACKETS = re.compile(r"([(\[{])([^()\[\]]*)([)\]}])")
-
-
-def undress(text: str) -> str:
-    """The answer without LaTeX's wrappers and spacing, in lower case."""
-    text = text.strip()
-    if text.startswith("\\boxed{") and closing_brace(text, 6) == len(text) - 1:
-        text = text[7:-1]
-    for pattern, replacement in DRESS:
-        text = re.sub(pattern, replacement, text)
-    return " ".join(text.casefold().split()).rstrip(". ")
-
-
-def quantity(text: str) -> tuple[Fraction, str] | None:
-    """A number (1,234, -3.50, 3/4 or \\frac{3}{4}) and its unit: "", "%" or one word."""
-    match = QUANTITY.fullmatch(FRAC.sub(r"\1\2/\3", text))
-    if match is None:
-        return None
-    above, below = (Fraction((part or "1").replace(",", "")) for part in match.groups()[:2])
-    return (above / below, (match[3] or "").strip()) if below else None
-
-
-@lru_cache(maxsize=1024)  # a gold meets its whole group of outputs, an answer the whole vote
-def canonical(text: str) -> object:
-    """The form that equal answers share: a quantity, the items between two brackets, or a text.
-
-    To accept more of mathematics, give more answers the same form here; all comparisons follow.
-    """
-    text = undress(text)
-    brackets = BRACKETS.fullmatch(text)
-    if brackets:
-        items = tuple(quantity(item.strip()) or item.strip() for item in brackets[2].split(","))
-        kind = brackets[1] + brackets[3]
-        return kind, frozenset(items) if kind == "{}" else items  # a set has no order
-    return quantity(text) or re.sub(r"\s*,\s*", ",", text)
-
-
-def math_equal(prediction: str | None, gold: str) -> bool:
-    """Whether the two are one answer: exact as numbers, unit for unit, otherwise as text.
-
-    Raises ValueError on a blank gold, which would otherwise reward a blank prediction.
-    """
-    if len(gold) > MAX_ANSWER:
-        return False
-    wanted = canonical(gold)
-    if wanted == "":
-        raise ValueError(f"gold is {gold!r}; it must hold an answer: drop this question")
-    if prediction is None or len(prediction) > MAX_ANSWER:
-        return False
-    return canonical(prediction) == wanted
-
-
 # ---- Countdown: reach a target from given numbers, each used exactly once --------------
 
-MAX_DEPTH = 20  # nested parentheses; Python's own stack is the limit this stays away from
 COUNTDOWN_GOLD = re.compile(r"(0|-?[1-9][0-9]*) from ((?:0|[1-9][0-9]*)(?: (?:0|[1-9][0-9]*))*)")
-
-
-def parse_sum(tokens: list[str], depth: int) -> Fraction:
-    """sum := product (("+" | "-") product)*; takes its tokens from the list's end."""
-    value = parse_product(tokens, depth)
-    while tokens[-1] in ("+", "-"):
-        add = tokens.pop() == "+"
-        term = parse_product(tokens, depth)
-        value = value + term if add else value - term
-    return value
-
-
-def parse_product(tokens: list[str], depth: int) -> Fraction:
-    """product := atom (("*" | "/") atom)*"""
-    value = parse_atom(tokens, depth)
-    while tokens[-1] in ("*", "/"):
-        multiply = tokens.pop() == "*"
-        factor = parse_atom(tokens, depth)
-        value = value * factor if multiply else value / factor
-    return value
-
-
-def parse_atom(tokens: list[str], depth: int) -> Fraction:
-    """atom := number | "(" sum ")". No signs: in Countdown a minus subtracts."""
-    token = tokens.pop()
-    if token == "(" and depth < MAX_DEPTH:
-        value = parse_sum(tokens, depth + 1)
-        if tokens.pop() != ")":
-            raise ValueError("a parenthesis is not closed")
-        return value
-    if token[0] not in "0123456789":  # str.isdigit would let other scripts' digits pass
-        raise ValueError(f"{token!r} where a number or a parenthesis belongs")
-    return Fraction(token)
 
 
 def countdown_equal(expression: str | None, gold: str) -> bool:
@@ -232,9 +117,8 @@ def countdown_equal(expression: str | None, gold: str) -> bool:
         return False
     if sorted(re.findall("[0-9]+", expression)) != sorted(numbers):
         return False  # a number is missing, reused, invented or glued from digits
-    tokens = ["end", *reversed(re.findall(r"[0-9]+|\S", expression))]
     try:
-        return parse_sum(tokens, depth=0) == Fraction(target) and tokens == ["end"]
+        return arithmetic(expression) == Fraction(target)
     except (ValueError, ZeroDivisionError):  # not an expression, or it divides by zero
         return False
 

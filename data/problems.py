@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+from data.answers import MAX_ANSWER, closing_brace, read
 from data.chat import DIGITS
 from data.corpus import BILINGUAL, LABELS, Chain
 from data.puzzles import PUZZLES
@@ -250,9 +251,11 @@ def _problem(line: str) -> Problem:
         # several lines too; its backslashes tell them apart.
         worked = "answer" not in row or ("\n" in answer and "\\" not in answer)
         answer = _math_gold(answer, worked)
-        if not answer.strip(" .$") or len(answer) > 1000:  # nothing could ever equal it
+        if read(answer) is None:  # nothing could ever equal it
             raise ValueError(
-                f"found the gold answer {reprlib.repr(answer)}; expected one to compare"
+                f"found the gold answer {reprlib.repr(answer)}; expected one to compare: not blank,"
+                f" at most {MAX_ANSWER} characters, its brackets closed, nothing empty such as"
+                " \\frac{}{}, and no division by zero"
             )
     # MATH writes "Level 3", and "Level ?" a few times.
     level = _field(row, "level", or_else="0").removeprefix("Level ").replace("?", "0")
@@ -295,9 +298,4 @@ def last_box(text: str) -> str | None:
         return None
     if not rest.startswith("{"):
         return rest.partition("$")[0].strip()
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are signs, not groups
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return rest[1 : match.start()].strip()
-    return ""
+    return rest[1 : max(closing_brace(rest, 0), 1)].strip()
