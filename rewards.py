@@ -7,7 +7,8 @@ earns 0. The language reward is R1's (2.3.2); the vote is the evaluation's cons@
 the two reward models that R1 learns from preferences (2.3.4), used late and for a short time.
 
 The paper does not report how answers are matched. Here:
-  - nothing that a model writes is ever executed: parsers of our own read it all;
+  - nothing that a model writes is executed here: parsers of our own read it all, and a program
+    runs in a jail, on tests whose answers stay outside (runtime/sandbox.py);
   - two answers are one by the rules of data/answers.py, which compares them;
   - tags count exactly as the template writes them, in lower case.
 
@@ -38,6 +39,7 @@ from data.languages import HAN, LANGUAGES, language_share
 from data.languages import language_of as language_of  # for those who use it beside the reward
 from data.packing import pack
 from model import Transformer
+from runtime import sandbox
 
 # ---- the final answer ------------------------------------------------------------------
 
@@ -123,11 +125,37 @@ def countdown_equal(expression: str | None, gold: str) -> bool:
         return False
 
 
+# ---- code: a program that passes every test ----------------------------------------------
+
+FENCE = re.compile(r"^ {0,3}(`{3,})([^`\n]*)$", re.MULTILINE)
+
+
+def extract_program(response: str) -> str | None:
+    """The last fenced block after the reasoning, or None. If it is not closed, an earlier one is
+    not taken instead."""
+    _, text = split_reasoning(response)
+    program, opening = None, None
+    for fence in FENCE.finditer(text or ""):
+        if opening is None:
+            opening = fence
+        elif len(fence[1]) >= len(opening[1]) and not fence[2].strip():
+            program, opening = text[opening.end() + 1 : fence.start()], None
+    return program if opening is None else None
+
+
+def code_reward(
+    response: str, tests: str, timeout: float = sandbox.SECONDS, memory: int = sandbox.MEMORY
+) -> float:
+    """1.0 if the program passes every test. tests: a JSON list, see runtime/sandbox.py. timeout:
+    seconds of processor time for each; memory: bytes."""
+    return float(sandbox.passes(extract_program(response), tests, timeout, memory))
+
+
 # ---- the rewards -----------------------------------------------------------------------
 
 # None: no rule can tell. A model judges these, by its reference or by what people prefer.
-CHECKERS = {"math": math_equal, "countdown": countdown_equal, **puzzles.CHECKERS, "judge": None,
-            "helpful": None, "harmless": None}  # fmt: skip
+CHECKERS = {"math": math_equal, "countdown": countdown_equal, "code": sandbox.passes,
+            **puzzles.CHECKERS, "judge": None, "helpful": None, "harmless": None}  # fmt: skip
 
 
 def need_rules(problems: Iterable) -> None:
@@ -141,9 +169,14 @@ def need_rules(problems: Iterable) -> None:
             )
 
 
+def offered(response: str, check: Callable | None) -> str | None:
+    """What `check` looks at: the program where it runs tests, otherwise the final answer."""
+    return (extract_program if check is sandbox.passes else extract_answer)(response)
+
+
 def accuracy_reward(response: str, gold: str, check: Callable = math_equal) -> float:
-    """1.0 if the final answer passes `check` against gold, else 0.0."""
-    return float(check(extract_answer(response), gold))
+    """1.0 if what the response offers passes `check` against gold, else 0.0."""
+    return float(check(offered(response, check), gold))
 
 
 def format_reward(response: str, tags: bool = True) -> float:
@@ -227,8 +260,9 @@ def reflections(response: str) -> int:
 def majority(answers: list[str | None], check: Callable = math_equal) -> str | None:
     """cons@k: the first answer of the largest group equal under `check`; ties go to the earliest.
 
-    None and blanks do not vote. All correct Countdown expressions are equivalent, yet before the
-    vote none is known to be correct: count those by their text, with check=operator.eq.
+    None and blanks do not vote. All correct Countdown expressions are equivalent, and so are all
+    correct programs, yet before the vote none is known to be correct: count those by their text,
+    with check=operator.eq.
     """
     # By text first: k answers are mostly a few texts, and each pair of texts costs a comparison.
     ballots = Counter(answer for answer in answers if answer and undress(answer[:MAX_ANSWER]))

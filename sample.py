@@ -514,8 +514,8 @@ def judge(
     """What one output is worth. One that was cut off has not answered: it earns nothing, whatever
     its text looks like so far. None where no rule can tell: the accuracy, the language."""
     finished = output.finish == "stop"
-    answer = rewards.extract_answer(text) if finished else None
     check, known = rewards.CHECKERS[problem.checker], problem.language in rewards.LANGUAGES
+    answer = rewards.offered(text, check) if finished else None
     return dict(
         accuracy=None if check is None else float(check(answer, problem.answer)),
         format=rewards.format_reward(text, tags) if finished else 0.0,
@@ -538,9 +538,9 @@ def judge_group(
 ) -> dict:
     """What one problem's outputs are worth together."""
     rows = [judge(problem, text, output, tags) for text, output in zip(texts, outputs)]
-    answers = [rewards.extract_answer(t) for t, o in zip(texts, outputs) if o.finish == "stop"]
     check = rewards.CHECKERS[problem.checker]
-    # Before the vote no Countdown expression is known to be right, so they vote by their text.
+    answers = [rewards.offered(t, check) for t, o in zip(texts, outputs) if o.finish == "stop"]
+    # Before the vote no expression and no program is known to be right: they vote by their text.
     vote = rewards.majority(answers, check if problem.checker == "math" else operator.eq)
     means = {key: average(row[key] for row in rows) for key in rows[0]}
     return {

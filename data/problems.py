@@ -17,10 +17,12 @@ Check it: python -m pytest tests/test_problems.py
 import difflib
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +43,7 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Problem:
     question: str
-    answer: str  # gold, as text; what the checker compares with
+    answer: str  # gold, as text; what the checker compares with; for code: the tests, as JSON
     checker: str = "math"  # a key of rewards.CHECKERS, which refuses an unknown one
     level: int = 0  # difficulty; 0 where the source does not say
     language: str = "en"
@@ -218,7 +220,8 @@ def load(source: str, *, all_held_out: bool = False, **settings) -> Generated | 
 
 def read_jsonl(path: str | os.PathLike) -> list[Problem]:
     """One problem per line: `question` or `problem`, and `answer` or (MATH) `solution`; `level`,
-    `language` and `checker` may follow. Raises DataError, which names the file and the line."""
+    `language` and `checker` may follow. A program is asked for with `tests` in place of an answer
+    (see code_tests). Raises DataError, which names the file and the line."""
     problems = []
     try:
         with open(path, "rb") as file:
@@ -244,8 +247,15 @@ def _problem(line: str) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"found {reprlib.repr(row)}; expected a JSON object")
     row = {name: value for name, value in row.items() if value is not None}
-    question, answer = _field(row, "question", "problem"), _field(row, "answer", "solution")
-    checker = _field(row, "checker", or_else="math")
+    question, checker = _field(row, "question", "problem"), _field(row, "checker", or_else="math")
+    if "tests" in row:
+        # As they were meant: 1 is a number here.
+        checker, row["answer"] = "code", json.dumps(json.loads(line)["tests"])
+    answer = _field(row, "answer", "solution")
+    if checker == "code":
+        if sys.platform != "linux":
+            raise ValueError(f"found tests; programs run on Linux only, and this is {sys.platform}")
+        code_tests(answer)
     if checker == "math":
         # A worked solution that marks no answer would score 0 for ever. A matrix may stand on
         # several lines too; its backslashes tell them apart.
@@ -262,6 +272,45 @@ def _problem(line: str) -> Problem:
     if not level.isdecimal():
         raise ValueError(f"found level {level!r}; expected a number, or such as 'Level 3'")
     return Problem(question, answer, checker, int(level), _field(row, "language", or_else="en"))
+
+
+def code_tests(text: str) -> list[dict]:
+    """The tests of a program, read from JSON: {"input": ..., "output": ...}, two texts, or
+    {"call": name, "args": [...], "expected": ...}. Raises ValueError where one is something else,
+    and where a program that does nothing would pass."""
+    tests = strict_json(text)
+    if not isinstance(tests, list) or not tests:
+        raise ValueError(f"found the tests {reprlib.repr(tests)}; expected a list of some")
+    for test in tests:
+        kinds = {key: type(test[key]) for key in test} if isinstance(test, dict) else {}
+        if kinds == {"input": str, "output": str}:
+            (test["input"] + test["output"]).encode()  # a lone surrogate is a ValueError
+        elif not (
+            kinds.keys() == {"call", "args", "expected"}
+            and kinds["args"] is list
+            and kinds["call"] is str
+            and test["call"].isidentifier()
+        ):
+            raise ValueError(
+                f'found the test {reprlib.repr(test)}; expected "input" and "output", two texts,'
+                ' or "call" (a name), "args" (a list) and "expected"'
+            )
+    if not any(
+        test.get("output", "").strip() or test.get("expected") is not None for test in tests
+    ):
+        raise ValueError("found tests that expect nothing; a program that does nothing would pass")
+    return tests
+
+
+def strict_json(text: str) -> object:
+    """json.loads without what JSON does not know: NaN and infinity, in letters or by overflow."""
+
+    def number(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"found the number {text[:20]}; expected a finite one")
+        return float(text)
+
+    return json.loads(text, parse_constant=number, parse_float=number)
 
 
 def _field(row: dict, *names: str, or_else: str | None = None) -> str:
