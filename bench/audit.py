@@ -85,7 +85,7 @@ def check(path: Path) -> None:
         if judge is None:
             known = ", ".join(key for key, value in rewards.CHECKERS.items() if value)
             raise DataError(f"{where}: found the checker {name!r}; expected one of {known}")
-        answer = rewards.extract_answer(str(row["response"]))
+        answer = rewards.offered(str(row["response"]), judge)
         try:
             verdict = judge(answer, str(row["gold"]))
         except ValueError as error:
@@ -160,8 +160,8 @@ def summary(run: Path, phase: str, outputs: list[dict]) -> None:
 
 
 def correct(output: dict) -> bool:
-    answer = rewards.extract_answer(output["text"]) if output["finished"] else None
-    return bool(rewards.CHECKERS[output["group"]["checker"]](answer, output["group"]["answer"]))
+    judge, gold = rewards.CHECKERS[output["group"]["checker"]], output["group"]["answer"]
+    return bool(output["finished"] and judge(rewards.offered(output["text"], judge), gold))
 
 
 def different(outputs: list[dict], count: int) -> list[dict]:

@@ -5,14 +5,16 @@ equal, for the policy searches for what passes. The rules, where one could decid
 
   - A number is written in one of the ways of NUMBER, FRACTION and SCIENTIFIC. One that has yet to
     be computed, 6*7 or 10^2, equals no number: the question may be just that.
-  - Decimals are exact: 0.333333 is not 1/3. Only one of ROUNDED places or more stands for what is
-    less than one unit of its last place away, unless that is a decimal too.
-  - Units count and are not converted: 5 cm is not 5, and 50% is neither 50 nor 0.5. Degrees and
-    currencies are left out: the question has fixed them.
+  - A decimal of ROUNDED places or more also stands for what rounds to it, 0.3333 for 1/3, unless
+    that is a decimal too; a shorter one is exact. A decimal comma is read where no list is wanted.
+  - Units are not converted. One that the gold answer names has to be there: 5 for 5 cm is wrong.
+    One that it doesn't name may be: 5 cm for 5, but not 5 thousand; 50% is neither 50 nor 0.5.
+    Degrees and currencies are left out: the question has fixed them.
   - A list without brackets may come in any order, as a set, but never stands for one of its items.
     Against a tuple, or with different names (a = 1, b = 2), the order counts.
-  - x = 3 equals 3, but only for a name on one side, and never y = 3. Other equations are equal if
-    one is a multiple of the other. 1 < x < 2 is the interval (1,2).
+  - x = 3 equals 3, but only for a name on one side, and never y = 3. A chain, x = 1 + 2 = 3, ends
+    in its answer, for how it was found is not judged; what follows ≈ only restates what is before.
+    Other equations are equal if one is a multiple of the other. 1 < x < 2 is the interval (1,2).
   - Expressions are equal if their values are, whatever their form: (x+1)^2 and x^2+2x+1.
   - What is none of these is a text, equal to itself in upper or lower case.
 
@@ -21,7 +23,7 @@ Run: python -m pytest tests/test_answers.py
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 
@@ -29,7 +31,7 @@ from data.expressions import MAX_DEPTH, WORDS as KNOWN, Expression
 
 MAX_ANSWER = 1000  # characters; bounds the time and the size of every number below
 MAX_ITEMS = 100  # each is compared with each
-ROUNDED = 12
+ROUNDED = 4
 
 
 # An answer is one of these, or a str: a text in lower case.
@@ -52,6 +54,7 @@ class Measure:
 class Items:
     kind: str  # the two brackets, or "list" without any, "union", "ratio", "matrix", "row"
     items: tuple
+    decimal: "Number | None" = None  # what it is if its comma is a decimal one, as in 1,25
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ LATEX = [
     (rf"\\q?quad|\\(?:left|right|displaystyle|[bB]ig[lr]?){END}|\\[,;: ()\[\]]", " "),
     (rf"\\(?:\{{|lbrace{END})", "⦃"), (rf"\\(?:\}}|rbrace{END})", "⦄"), (r"\\%", " %"),
     (rf"\\leq?(?:slant)?{END}", "≤"), (rf"\\geq?(?:slant)?{END}", "≥"), (rf"\\neq?{END}", "≠"),
-    (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\approx{END}", "="), (r"\\bigcup", r"\\cup "),
+    (rf"\\lt{END}", "<"), (rf"\\gt{END}", ">"), (rf"\\approx{END}", "≈"), (r"\\bigcup", r"\\cup "),
     (r"\\varnothing|⦃\s*⦄", r"\\emptyset "),
 ]  # fmt: skip
 PLAIN = [
@@ -86,13 +89,12 @@ PLAIN = [
     (r"\s*\{\s*,\s*\}\s*", ","), (r"_\{([A-Za-z0-9])\}", r"_\1"),
     (r"\{\s+", "{"), (r"\s+\}", "}"), (r"\}\s+\{", "}{"),
     (rf"\s(?:percent(?:age)?|pct){END}", " %"), (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
-    (r"\s*([-+*/=^()\[\]⦃⦄<>≤≥≠])\s*", r"\1"),  # not the comma: "1, 234" are two numbers
+    (r"\s*([-+*/=^()\[\]⦃⦄<>≤≥≠≈])\s*", r"\1"),  # not the comma: "1, 234" are two numbers
 ]  # fmt: skip
 LATEX, PLAIN = [[(re.compile(a), b) for a, b in rules] for rules in (LATEX, PLAIN)]
 UNICODE = str.maketrans({
     "\N{MINUS SIGN}": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "√": "\\sqrt ", "²": "^2",
-    "³": "^3", "π": "\\pi ", "∞": "\\infty ", "±": "\\pm ", "∈": "\\in ", "∪": "\\cup ", "≈": "=",
-    "∅": "\\emptyset ",
+    "³": "^3", "π": "\\pi ", "∞": "\\infty ", "±": "\\pm ", "∈": "\\in ", "∪": "\\cup ", "∅": "\\emptyset ",
 })  # fmt: skip
 EMPTY = re.compile(r"\\(?:frac|sqrt)\s*(?:\{[^{}]*\})?\s*\{\s*\}")
 OPENING, CLOSING = "([{⦃", ")]}⦄"
@@ -156,17 +158,22 @@ MIXED = r"([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+) ([0-9]+)/([0-9]+)"
 EXPONENT = r"10\^(?:\{(-?[0-9]{1,3})\}|(-?[0-9]{1,3}))"
 SCIENTIFIC = rf"({NUMBER})(?:\*| ?x ?| ?\\times ?| ?\\cdot ?){EXPONENT}"
 UNIT = re.compile(
-    r"(?P<value>.*[^A-Za-z\\ ])(?P<unit> ?%| ?[A-Za-z]{2,}(?:[ /*-][A-Za-z]+|\^[23]|\^\{[23]\})*)"
+    r"(?P<value>.*[^A-Za-z\\ ])"
+    r"(?P<unit> ?%|(?<=[0-9])m\^[23]| ?[A-Za-z]{2,}(?:[ /*-][A-Za-z]+|\^[23]|\^\{[23]\})*)"
 )
 SHORT = set("cm mm km kg mg ml ft in lb oz hr min mph st nd rd th".split())  # else 2ab is a product
 CURRENCY = {"dollar", "dollars", "degree", "degrees", "euro", "euros"}
+# Words after a number that are no unit: they make another number of it, or a sentence.
+NO_UNITS = set("% hundred thousand million billion trillion k dozen score half halves third thirds"
+               " quarter quarters squared cubed factorial and or nor not no but is are to than vs"
+               " versus maybe perhaps".split())  # fmt: skip
 
 NAME = r"(?:(?!\\pi)\\?[A-Za-z]+'?(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?(?:\([A-Za-z0-9, ]+\))?)"
 SIDE = re.compile(  # of an equation, if it names the other: x, f(x), |AB|, A:B, (p, q)
     rf"{NAME}|\|{NAME}\||{NAME} ?[:/] ?{NAME}|\\frac\{{{NAME}\}}\{{{NAME}\}}"
     rf"|\({NAME}(?:, ?{NAME})*\)"
 )
-RELATIONS = r"[=<>≤≥≠]|\\in(?![A-Za-z])"
+RELATIONS = r"[=<>≤≥≠≈]|\\in(?![A-Za-z])"
 MATRIX = re.compile(
     r"\[?\\begin\{(?P<kind>[pb]?matrix|array)\}(?:\{[lcr|]*\})?(?P<rows>.*)\\end\{(?P=kind)\}\]?"
 )
@@ -188,7 +195,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     unit = match["unit"]
     first = re.match("[A-Za-z]*", unit.strip())[0].casefold()
-    if first in KNOWN or not (unit[0] in " %" or first in SHORT):
+    if first in KNOWN or not (unit[0] in " %m" or first in SHORT):
         return text, ""
     unit = re.sub(r"[{}]", "", unit).strip().casefold()
     return match["value"].strip(), "" if unit in CURRENCY else unit
@@ -235,7 +242,10 @@ def read_matrix(text: str, depth: int) -> Items | None:
 
 def read_parts(kind: str, separator: str, text: str, depth: int) -> Items | None:
     pieces, cuts = cut(text, separator)
-    return collect(kind, pieces, depth) if cuts else None
+    items = collect(kind, pieces, depth) if cuts else None
+    if items and re.fullmatch("[+-]?[0-9]+,[0-9]+", text):
+        return replace(items, decimal=read_number(text.replace(",", "."), depth))
+    return items
 
 
 def collect(kind: str, pieces: list[str], depth: int) -> Items | None:
@@ -250,13 +260,17 @@ def collect(kind: str, pieces: list[str], depth: int) -> Items | None:
     return Items(kind, tuple(items))
 
 
-def read_brackets(text: str, depth: int) -> Items | None:
-    """A tuple, an interval or a set. One item in parentheses is no tuple."""
+def read_brackets(text: str, depth: int) -> Items | Number | None:
+    """A tuple, an interval or a set. One item in parentheses is no tuple, and no choice such as (2)
+    if it is a fraction. Braces without a backslash are LaTeX's own: what they hold is a list."""
     kind = (text[0] + text[-1]).replace("⦃", "{").replace("⦄", "}")
     if kind not in ("()", "[]", "(]", "[)", "{}") or not balanced(text[1:-1]):
         return None
     pieces, cuts = cut(text[1:-1], "[,;]")
-    return collect(kind, pieces, depth) if cuts or kind != "()" else None
+    if kind == "()" and not cuts:
+        number = read_number(pieces[0], depth)
+        return number if number and number.value.denominator != 1 else None
+    return collect("list" if text[0] == "{" and cuts else kind, pieces, depth)
 
 
 def read_both(text: str, depth: int) -> Items | None:
@@ -270,12 +284,23 @@ def read_both(text: str, depth: int) -> Items | None:
 
 def read_relation(text: str, depth: int) -> Relation | Items | None:
     sides, signs = cut(text, RELATIONS)
+    if not signs or not all(sides):
+        return None
+    named = [SIDE.fullmatch(side) is not None for side in sides]
+    if signs[0] == "≈" and named[0]:
+        return read_relation(f"{sides[0]}={sides[1]}", depth)
+    if "≈" in signs:
+        before = zip(sides, [*signs[: signs.index("≈")], ""])
+        return read_piece("".join(side + sign for side, sign in before), depth + 1)
+    if len(signs) > 1 and set(signs) == {"="} and any(named[:-1]):
+        name = sides[named.index(True)]
+        return Relation("=", None, spelled(name), read_piece(sides[-1], depth + 1))
     if set(signs) <= {">", "≥"}:
         sides, signs = sides[::-1], [FLIP[sign] for sign in signs[::-1]]
     ordered = set(signs) <= {"<", "≤"}
-    if len(signs) == 2 and all(sides) and ordered and SIDE.fullmatch(sides[1]):  # 1 < x < 2
+    if len(signs) == 2 and ordered and SIDE.fullmatch(sides[1]):  # 1 < x < 2
         return interval(sides[0], signs, sides[2], depth)
-    if len(signs) != 1 or not all(sides):
+    if len(signs) != 1:
         return None
     (left, right), [sign] = sides, signs
     measure = read_measure(f"({left})-({right})", depth)
@@ -290,9 +315,12 @@ def read_relation(text: str, depth: int) -> Relation | Items | None:
         name = left if named[0] else right
         ends = ("-\\infty", ["<", sign], right) if named[0] else (left, [sign, "<"], "\\infty")
         value = interval(*ends, depth)
-    # What spells a name in another way is left out: x_{1} is x_1, and f(t) is f(x).
-    name = name and re.sub(r"[{} ]|\([A-Za-z]\)$", "", name)
-    return Relation(sign, difference, name, value)
+    return Relation(sign, difference, name and spelled(name), value)
+
+
+def spelled(name: str) -> str:
+    """The name in one spelling: x_{1} is x_1, and f(t) is f(x)."""
+    return re.sub(r"[{} ]|\([A-Za-z]\)$", "", name)
 
 
 def interval(low: str, signs: list[str], high: str, depth: int) -> Items:
@@ -344,19 +372,22 @@ def read(text: str) -> object | None:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two answers, as read, are one."""
+    """Whether an answer, as read, is the gold answer b. It is symmetric but for units."""
     if isinstance(a, Relation) and isinstance(b, Relation):
         if a.name == b.name is not None and same(a.value, b.value):
             return True
         ordered, both = a.sign in ("<", "≤"), a.difference and b.difference
         return bool(both) and a.sign == b.sign and a.difference.multiple(b.difference, ordered)
     if isinstance(a, Relation) or isinstance(b, Relation):
-        relation, other = (a, b) if isinstance(a, Relation) else (b, a)
-        return relation.value is not None and same(relation.value, other)
+        a, b = (x.value if isinstance(x, Relation) else x for x in (a, b))
+        return a is not None and b is not None and same(a, b)
     if isinstance(a, Items) and isinstance(b, Items):
         return same_items(a, b)
+    if isinstance(a, Items) or isinstance(b, Items):
+        a, b = (x.decimal if isinstance(x, Items) else x for x in (a, b))
     if isinstance(a, (Number, Measure)) and isinstance(b, (Number, Measure)):
-        return a.unit == b.unit and same_value(a, b)
+        extra = not b.unit and not NO_UNITS & set(a.unit.split())
+        return (a.unit == b.unit or extra) and same_value(a, b)
     return isinstance(a, str) and a == b
 
 

@@ -7,6 +7,7 @@ Apache-2.0, commit 5d148cf): of each, what its gold text and its prediction offe
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -33,7 +34,8 @@ EQUAL = {  # of each kind, spellings of one answer
     "fraction": [
         ["3/4", "0.75", ".75", "\\frac{3}{4}", "\\dfrac34", "\\tfrac{ 3 }{ 4 }", "6/8",
          "\\frac3{4}"],
-        ["-1/2", "-\\frac{1}{2}", "\\frac{-1}{2}", "\\frac{1}{-2}", "-0.5", "-.50"],
+        ["-1/2", "-\\frac{1}{2}", "\\frac{-1}{2}", "\\frac{1}{-2}", "-0.5", "-.50", "-0,5"]
+        + ["(-1/2)", "\\left(-\\frac12\\right)", "-\\frac12 \\approx -0.49"],
         ["7/2", "3\\frac{1}{2}", "3 1/2", "3.5", "3\\frac12", "3 \\dfrac{1}{2}"],
     ],
     "scientific": [
@@ -69,7 +71,8 @@ EQUAL = {  # of each kind, spellings of one answer
         ["z-2", "\\sqrt[3]{-8}+z"],
     ],
     "equation": [
-        ["x = 3", "x=3", "3", "3 = x", "x = \\frac{6}{2}", "x \\approx 3", "$x=3$"],
+        ["x = 3", "x=3", "3", "3 = x", "x = \\frac{6}{2}", "x \\approx 3", "$x=3$"]
+        + ["x = 1+2 = 3", "x = 2+2 = 3", "x = y = 3", "x = \\frac62 = 3 \\approx 2.9"],
         ["y = 2x+3", "y=3+2x", "2x + 3", "y = 2(x+1.5)"],
         ["x^2+y^2=4", "y^2 = 4 - x^2", "2x^2+2y^2=8", "4 = x^2+y^2"],
         ["f(x) = x^2", "x^2", "f(x)=x \\cdot x"],
@@ -136,7 +139,7 @@ HOSTILE = {  # for each gold answer, what must not pass for it
     "42": [
         # several offers
         "42 or 43", "42, 43", "43,42", "42;43", "42; 42", "42, 42", "42 or 42", "42 and 42",
-        "{42, 43}", "\\{42\\}", "\\{42,42\\}", "(42)", "[42]", "(42, 42)", "[42, 42]", "[41, 43]",
+        "{42, 43}", "{42}", "\\{42\\}", "\\{42,42\\}", "(42)", "[42]", "(42, 42)", "[42, 42]", "[41, 43]",
         "(41,43)", "42 \\text{ or } 43", "x = 42 or x = 43", "x=42, x=43", "x = 42, y = 43",
         "41 < x < 43", "42 \\cup 43", "42/43", "42:1", "42 | 43", "42 \\mid 43", "42 & 43",
         "\\pm 42", "42 \\pm 0", "42 \\pm 1", "\\mp 42", "42\\\\43", "42 vs 43", "42 (or 43)",
@@ -145,7 +148,7 @@ HOSTILE = {  # for each gold answer, what must not pass for it
         # around the number
         "the answer is 42", "answer: 42", "42 is the answer", "x 42", "#42", "~42~43", "<42>",
         "42!", "042,", ",42", "42,", "4 2", "4{}2", "4\\!2 3", "4\\ 2", "4\\,2", "4$2", "42\\\\",
-        "**42**", "`42`", "'42'", "\"42\"", "42%", "42\\%", "42 thousand", "42 cm", "42i", "42x",
+        "**42**", "`42`", "'42'", "\"42\"", "42%", "42\\%", "42 thousand", "42 k", "42 dozen", "42 squared", "42 half", "42i", "42x",
         "-42", "--42", "+-42", "+ +42", "-(-42)", "(-42)(-1)", "42-", "42+", "42^", "42_",
         "42_{10}", "42^1", "42e0", "4.2e1", "4.2E1", "0x2a", "0b101010", "0o52", "42..", "42L",
         # to be computed
@@ -155,8 +158,8 @@ HOSTILE = {  # for each gold answer, what must not pass for it
         "\\sum_{i=1}^{42} 1", "\\binom{42}{1}", "\\lfloor 42.5 \\rfloor", "x", "n", "42x/x",
         "42 + x - x", "\\pi", "e", "i", "?", "42?", "...",
         # false or idle statements
-        "42 = 43", "43 = 42", "42 = 42", "42 = 43 = 42", "x = 42 = 43", "x = 43 = 42", "3 = 4",
-        "x = y = 42", "x < 42", "x \\ge 42", "x \\neq 42", "42 \\neq 43", "2x = 84", "x + 0 = 42",
+        "42 = 43", "43 = 42", "42 = 42", "42 = 43 = 42", "x = 42 = 43", "3 = 4", "43 \\approx 42",
+        "x = 43 \\approx 42", "x \\approx 43 \\approx 42", "x < 42", "x \\ge 42", "x \\neq 42", "42 \\neq 43", "2x = 84", "x + 0 = 42",
         "x + y = 42", "x - 42 = 0", "0 = 0", "x = x", "=", "= 42", "42 =", "x =", "x == 42",
         "\\pi = 42", "x := 43",
         # nothing
@@ -185,9 +188,9 @@ HOSTILE = {  # for each gold answer, what must not pass for it
     ],
     "0": ["-0 or 1", "0^0", "x-x", "\\sin 0", "\\emptyset", "\\{\\}", "none", "o", "O", "10^{-999}"]
     + ["0.0000000000001", "\\frac{0}{0}", "0/0", "1-1", "0%", "()", "0x0"],
-    "1/3": ["0.333333", "0.33", "0.3", "3/1", "\\frac{1}{3.0001}", "1/3/1", "1:3", "33.3%",
+    "1/3": ["0.333", "0.33", "0.3", "0.3334", "0.333332", "3/1", "\\frac{1}{3.0001}", "1/3/1", "1:3", "33.3%",
         "1 / 3 or 2"]
-    + ["0.33333333333", "0.3333333333334", "0.333333333332", "\\frac{1}{3}x", "3^{-1}",
+    + ["0.33333333334", "0.3333333333334", "0.333333333332", "0,33", "(0.33)", "\\frac{1}{3}x", "3^{-1}",
        "0.\\overline{3}"],
     "1/2": ["2/4 or 1", "\u00bd", "50%", "0.49999999999999", "0.5000000000001", "1/(2)", "2^{-1}"],
     "50%": ["0.5", "50", "1/2", "5%", "50%%", "50 % or 51 %"],
@@ -196,16 +199,17 @@ HOSTILE = {  # for each gold answer, what must not pass for it
     + ["x^2 + c", "x^2 = 0", "x^3 = y"],
     "x+1": ["|x+1|", "|x|+1", "\\sqrt{(x+1)^2}", "x+1+10^{-40}", "x+1.0000000001", "y+1", "X+1",
         "x+1=0"],
-    "\\sqrt{2}": ["1.41421356", "2^{0.51}", "-\\sqrt{2}", "\\pm\\sqrt{2}", "\\sqrt{-2}",
+    "\\sqrt{2}": ["1.41421355", "1.414", "2^{0.51}", "-\\sqrt{2}", "\\pm\\sqrt{2}", "\\sqrt{-2}",
         "\\sqrt{2}i", "\\sqrt{2+0i}x"],
-    "\\pi": ["3.14159", "22/7", "355/113", "3.14159265358", "\\pi^{1.0000001}", "pie"],
-    "x = 3": ["y = 3", "x = 4", "x > 3", "x \\ge 3", "x \\ne 3", "x = 3 or x = 4", "x = 3, 4",
+    "\\pi": ["3.14", "3.1415", "3.141", "22/7", "355/113", "3.14159265358", "\\pi^{1.0000001}", "pie"],
+    "x = 3": ["y = 3", "x = 4", "y = x + 1 = 3", "x = 3 = 3 + 1", "x = 3 or 4 = 3", "x > 3", "x \\ge 3", "x \\ne 3", "x = 3 or x = 4", "x = 3, 4",
         "3 = 4", "x = x"]
     + ["x = 3 = 4", "2x = 3", "x_1 = 3", "x = -3", "x = \\pm 3", "0 = 0", "x", "x - 3", "0x = 0"],
     "y = 2x": ["y = x", "x = 2y", "2y = x", "0 = 0", "y - 2x", "y = 2x or y = x", "y > 2x", "y = y",
         "0y = 0x"],
     "x < 3": ["x > 3", "x \\le 3", "x = 3", "-x < -3", "3 < x", "(-\\infty,3]", "(3,\\infty)", "3",
         "y < 3 or 4"],
+    "1,2": ["1", "2", "1,3", "12", "1.3", "1,2,3", "1.2 or 1,2"],
     "1, 2": ["1", "2", "1, 3", "1, 2, 3", "(2, 1)", "[1,2]", "12", "1.2", "1 2", "1 or", "1, , 2",
         "1,2;3", "1, x"],
     "(1, 2)": ["(2,1)", "2, 1", "[1,2]", "(1,2]", "\\{1,2\\}", "(1,2,3)", "(1,2),(2,1)",
@@ -224,6 +228,7 @@ HOSTILE = {  # for each gold answer, what must not pass for it
         "P\u0430ris", "city", "not Paris"],
     "yes": ["yes or no", "yes/no", "yes and no", "no", "y", "yess", "sey", "s\u200bey", "yes no",
         "yes, no", "not no"],
+    "5": ["5%", "5 thousand", "5 million people", "5 cm or 6 cm", "5 m^{4}", "5 x^2", "5 dozen eggs"],
     "5 cm": ["5", "5 m", "50 mm", "0.05 m", "5 cm or 5 m", "5 cm^2", "5 c", "cm 5", "5 cmm"],
     "3:2": ["2:3", "1.5", "3/2", "3:2:1", "3", "6:4 or 3:1", "3:", ":2"],
     "a = 1, b = 2": ["2, 1", "b = 1, a = 2", "a = 1", "1", "a = 1, b = 3", "(2, 1)"],
@@ -265,40 +270,16 @@ def test_no_hostile_response_passes():
 
 # ---- Math-Verify's cases ---------------------------------------------------------------
 
-# Those that its rules and ours decide differently, each with our reason. First what the rules in
-# the docstring of answers.py say (an unevaluated or false statement is no answer, units count,
-# decimals are exact, a set is no tuple); last what is only not read here.
-BY_RULE = {
-    "test_all.py::test_number_extraction[15]": "a unit counts: m^2",
-    "test_all.py::test_number_extraction[16]": "a unit counts: m^2",
+# Those that are decided differently here, each with the reason.
+DIFFER = {
     "test_all.py::test_latex_notation[4]": "(9+1) has yet to be computed",
-    "test_all.py::test_latex_notation[9]": "1/2 = 10/9 is false",
-    "test_all.py::test_latex_notation[17]": "a number in parentheses is none",
-    "test_all.py::test_latex_notation[19]": "a unit counts: meters",
-    "test_all.py::test_latex_notation[20]": "a unit counts: meters",
-    "test_all.py::test_latex_notation[22]": "a unit counts: meters",
-    "test_all.py::test_relations_math[10]": "5+5+1 = 7 = 11 is false",
-    "test_all.py::test_relations_math[12]": "5+5+1 = 7 = 11 is false",
-    "test_all.py::test_relations_math[13]": "5+5+1 = 1/3 is false",
-    "test_all.py::test_relations_math[16]": "1/3 or 1.3 are two offers",
-    "test_all.py::test_relations_math[21]": "the gold 1 = x = 0 is false",
-    "test_all.py::test_relations_math[26]": "3+3 = 2 is false",
-    "test_all.py::test_relations_math[27]": "3+3 = 2 is false",
+    "test_all.py::test_latex_notation[9]": "1/2 = 10/9 is false, and names nothing",
     "test_all.py::test_matrix_extraction[5]": "a sum of matrices has yet to be computed",
     "test_all.py::test_matrix_extraction[6]": "a product of matrices has yet to be computed",
-    "test_all.py::test_complex_math_expressions[7]": "0.33 is not 1/3",
-    "test_all.py::test_complex_math_expressions[13]": "2.6667 is not 8/3",
-    "test_all.py::test_math_extraction_additional_cases[7]": "the set {1,3} is not the tuple (1,3)",
-    "test_yujianll.py::test_string_extraction[9]": "1 + 1/e is not 1 - 1/e",
-}
-NOT_READ = {
-    "test_all.py::test_number_extraction[5]": "a decimal comma: 1000,99 are two numbers",
-    "test_all.py::test_number_extraction[6]": "a decimal comma: 1,22 are two numbers",
-    "test_all.py::test_number_extraction[7]": "a decimal comma: 2,74 are two numbers",
-    "test_all.py::test_number_extraction[17]": "a decimal comma: 0,111 are two numbers",
-    "test_numina_cases.py::test_numina_cases[3]": "an inequality to be solved: 1 <= |z| <= 3/2",
-    "test_yujianll.py::test_string_extraction[5]": "a sum over an index is a text",
-}
+    "test_all.py::test_complex_math_expressions[7]": "0.33 has two places: too few for 1/3",
+    "test_numina_cases.py::test_numina_cases[3]": "1 <= |z| <= 3/2 would have to be solved",
+    "test_yujianll.py::test_string_extraction[5]": "a sum over an index is not read, but compared as text",
+}  # fmt: skip
 
 
 def math_verify_cases() -> list[dict]:
@@ -313,12 +294,11 @@ def agrees(case: dict) -> bool:
 def test_math_verifys_cases_are_decided_as_there_but_for_those_listed():
     cases = math_verify_cases()
     assert len(cases) == len({case["case"] for case in cases}) == 269
-    compared = [case for case in cases if "left_out" not in case]  # 7 are about extraction
-    differ = {case["case"] for case in compared if not agrees(case)}
-    assert differ == BY_RULE.keys() | NOT_READ.keys()
-    assert len(compared) == 262 and len(differ) == 27  # 235 of 262 agree, 89.7 %
-    assert len(NOT_READ) <= 0.03 * (len(compared) - len(BY_RULE))  # 235 of 241, 97.5 %
-    assert sum(map(agrees, cases)) == 236  # of all 269, 87.7 %
+    # Seven are about where the answer stands in a text; one is a mistake: 1 + 1/e is not 1 - 1/e.
+    compared = [case for case in cases if "left_out" not in case]
+    assert {case["case"] for case in compared if not agrees(case)} == DIFFER.keys()
+    assert len(compared) == 261 and len(DIFFER) == 7  # 254 of 261 agree, 97.3 %
+    assert sum(map(agrees, cases)) == 255  # of all 269, 94.8 %
 
 
 # ---- the gold answers of a file --------------------------------------------------------
@@ -409,7 +389,8 @@ slower = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(texts, texts)
 def test_no_text_raises_and_equality_is_symmetric(a, b):
     first, second = read(a), read(b)
-    if first is not None and second is not None:
+    units = [set(re.findall(r"unit='([^']*)'", repr(answer))) for answer in (first, second)]
+    if None not in (first, second) and units[0] == units[1]:  # they are what is not symmetric
         assert same(first, second) is same(second, first)
     if first is not None:
         assert same(first, first) is True
@@ -496,13 +477,38 @@ def test_the_limits_are_where_they_are_said_to_be():
     assert not math_equal("10^{10000}", "10^{9999}\\cdot 10")  # out of reach: as texts they differ
 
 
-def test_a_long_decimal_stands_for_what_rounds_to_it():
-    assert math_equal("0.666666666667", "2/3") and math_equal("2/3", "0.666666666667")
-    assert not math_equal("0.666666666666", "2/3") and not math_equal("0.66666666667", "2/3")
-    assert math_equal("1.4142135623731", "\\sqrt{2}")
-    assert not math_equal("1.4142135623730", "\\sqrt{2}")
+def test_a_decimal_of_four_places_stands_for_what_rounds_to_it():
+    assert math_equal("0.6667", "2/3") and math_equal("2/3", "0.6667")
+    assert math_equal("0.666666666667", "2/3") and math_equal("1.4142", "\\sqrt{2}")
+    assert math_equal("(0.6,2.6667]", "(\\frac{3}{5},\\frac{8}{3}]")
+    assert not math_equal("0.667", "2/3")  # three places
+    assert not math_equal("0.6666", "2/3") and not math_equal("0.66667", "0.6667")
+    assert not math_equal("1.41421355", "\\sqrt{2}")
     assert not math_equal("0.666666666667", "0.6666666666667")  # both decimals: exact
-    assert not math_equal("42.0000000000001", "42")
+    assert not math_equal("42.0000000000001", "42") and not math_equal("41.9999999", "42")
+
+
+def test_a_unit_may_be_added_but_not_left_out():
+    for extra in (
+        "5 cm",
+        "5 apples",
+        "5\\text{ cm}^2",
+        "5 miles per hour",
+        "5m\u00b2",
+        "5 square feet",
+    ):
+        assert math_equal(extra, "5") and not math_equal("5", extra), extra
+        assert math_equal(extra, extra)
+    assert math_equal("x = 5 \\text{ meters}", "5") and math_equal("\\sqrt{2} cm", "\\sqrt{2}")
+    assert not math_equal("5m^2", "5x^2") and math_equal("5x^2", "5x\\cdot x")
+
+
+def test_a_decimal_comma_is_read_where_no_list_is_wanted():
+    assert math_equal("1000,99", "1000.99") and math_equal("1.22", "1,22")
+    assert math_equal("2,74 $", "2.74") and math_equal("0,111", "0.111")
+    assert math_equal("2,1", "1, 2") and math_equal("1,2", "(1,2)")  # a list it is first
+    assert not math_equal("1, 22", "1.22") and not math_equal("1,000", "1.000")
+    assert not math_equal("1,2", "12") and not math_equal("1,2,3", "1.23")
 
 
 def test_arithmetic_takes_the_four_operations_and_no_sign():
