@@ -11,7 +11,8 @@
 
 The toy's student is pretrained first, on the corpus that its teacher's base read. result.json has
 the teacher, the base and both students; curves.json (and distill.png) what they had learned after
-how many CPU-seconds. The same command continues a run that was stopped, at any moment.
+how many CPU-seconds, report.html every curve. The same command continues a run that was stopped, at
+any moment.
 
 Departures from the paper, besides size:
 - the dataset is of reasoning only: the paper's 800k samples have 200k general ones;
@@ -53,6 +54,7 @@ from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.plot import draw_distillation
 from runtime.pretrained import save_pretrained
+from runtime.report import write_report
 from runtime.run import Run, UserError, flag, launch, parse, pick_device
 from runtime.sharding import check_grid, shard
 from sample import evaluate, measure, open_model, table
@@ -256,7 +258,7 @@ def main(config: Config) -> None:
             model = student(lab)  # both start from the same weights
             done = distill(model, rows, lab) if name == "distilled" else reinforce(model, lab)
             if not done:
-                return
+                return page(lab.run)
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         lab.assess(name, opened(directory, config, config.dtype)[0])
     report(lab)
@@ -460,6 +462,11 @@ def report(lab: Lab) -> None:
     if "rl" in results:
         print(compare(lab.spent, lab.curves))
     draw_distillation(lab.run.out)
+    page(lab.run)
+
+
+def page(run: Run) -> None:
+    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
 
 
 def compare(spent: dict[str, float], curves: dict[str, list[dict]], rows: int = 10) -> str:

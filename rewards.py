@@ -179,6 +179,12 @@ def accuracy_reward(response: str, gold: str, check: Callable = math_equal) -> f
     return float(check(offered(response, check), gold))
 
 
+def is_right(checker: str, gold: str, response: str, finished: bool) -> bool | None:
+    """Whether an output has the right answer; None where no rule can tell."""
+    check = CHECKERS.get(checker)
+    return None if check is None else finished and bool(accuracy_reward(response, gold, check))
+
+
 def format_reward(response: str, tags: bool = True) -> float:
     """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer> or,
     without tags, <think> reasoning </think> answer."""

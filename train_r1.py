@@ -11,7 +11,8 @@
     r1     RL for all scenarios: the rules and, late, two reward models learned from preferences
 
 The same command continues a run that was stopped at any moment; a finished stage is not redone.
-Whatever is sampled or learned from is a file of JSON lines in --out that a person can open.
+Whatever is sampled or learned from is a file of JSON lines in --out that a person can open, and
+report.html shows the curves and the outputs of the run in a browser.
 
 The toy lives in the bilingual world of data/corpus.py and data/chat.py. `--preset paper` has the
 published settings and needs three files: --general (prompt, response), --preferences (prompt,
@@ -53,6 +54,7 @@ from runtime import parallel
 from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.pretrained import save_pretrained
+from runtime.report import write_report
 from runtime.run import Run, UserError, flag, launch, parse, run_command
 from runtime.sharding import check_grid, in_step
 from runtime.workers import Workers, closing, with_workers
@@ -197,7 +199,7 @@ def main(config: Config) -> None:
         if not parallel.from_main(directory.is_dir()):
             model = stages[name](lab)
             if model is None:
-                return
+                return page(run)
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         results[name] = assess(name, lab)
     report(results, run, config.eval_samples)
@@ -670,6 +672,11 @@ def report(results: dict[str, dict], run: Run, k: int) -> None:
         print(f"{measure_name:<12}{shown}")
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")
+    page(run)
+
+
+def page(run: Run) -> None:
+    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
 
 
 def tendencies(results: dict[str, dict]) -> Iterator[tuple[str, bool]]:

@@ -9,7 +9,8 @@ data/corpus.py, and goes on only if that base is competent, that is, if it gets 
 solution right: RL can only reinforce what a base sometimes does.
 
 It leaves in --out: base/ and model/ (model directories), metrics.jsonl, rollouts.jsonl (some groups
-of each rollout), config.json, result.json, curve.png, checkpoints/.
+of each rollout), config.json, result.json, curve.png, report.html (the run as a page for a
+browser), checkpoints/.
 
 Departures from the paper, besides size:
 - the toy's prompt has no instruction (data/prompts.py);
@@ -46,6 +47,7 @@ from runtime import memory, parallel
 from runtime.flags import Machine
 from runtime.plot import draw_curve
 from runtime.pretrained import save_pretrained
+from runtime.report import write_report
 from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device, spare_devices,
 )  # fmt: skip
@@ -231,7 +233,7 @@ def main(config: Config) -> None:
         shard(model, config.ep, pick_device(config.device))
     base = assess(model, tokenizer, held_out, config, run, "base")
     if not reinforce(model, tokenizer, source, config, run):
-        return
+        return page(run)
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
     zero = assess(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
@@ -428,6 +430,11 @@ def report(base: dict, zero: dict, run: Run) -> None:
     print(table({"base": base, "zero": zero}))
     print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
     draw_curve(run.out)
+    page(run)
+
+
+def page(run: Run) -> None:
+    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
 
 
 if __name__ == "__main__":

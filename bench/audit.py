@@ -4,6 +4,8 @@
                                              correct (what a person says) may follow
     python rewards.py --audit runs/zero      the most rewarded, the shortest rewarded and random
                                              outputs of a run's last rollouts, side by side
+    python rewards.py --report runs/zero     the run as a page for a browser, report.html; also of
+                                             one that goes on
 
 Read next: ../rewards.py.
 """
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import rewards
 from data.problems import DataError
+from runtime.flags import UserError
+from runtime.report import write_report
 
 TAIL = 240  # characters of a response, its end, that --check shows
 
@@ -31,6 +35,7 @@ def main() -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", type=Path, metavar="FILE.jsonl", help="score its responses")
+    what.add_argument("--report", type=Path, metavar="RUN", help="write its report.html")
     what.add_argument("--audit", type=Path, metavar="RUN", help="show outputs of this run")
     parser.add_argument("--count", type=int, default=5, help="outputs of each kind (default: 5)")
     parser.add_argument(
@@ -43,9 +48,11 @@ def main() -> None:
     try:
         if given.check:
             check(given.check)
+        elif given.report:
+            report(given.report)
         else:
             audit(given.audit, given.count, given.last)
-    except DataError as error:
+    except (DataError, UserError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -69,6 +76,12 @@ def rows(path: Path, *names: str) -> Iterator[tuple[str, dict]]:
     except (ValueError, TypeError) as error:
         wrong = str(error) if isinstance(error, DataError) else f"{where}: {error}"
         raise DataError(f"{wrong}; expected an object with {', '.join(names)}") from None
+
+
+def report(run: Path) -> None:
+    if not (run / "metrics.jsonl").exists():
+        raise DataError(f"{run}: no metrics.jsonl there; expected the directory of a run (--out)")
+    print(write_report(run, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH))
 
 
 # ---- a file of responses -----------------------------------------------------------------------
@@ -159,9 +172,9 @@ def summary(run: Path, phase: str, outputs: list[dict]) -> None:
               f" {sum(map(correct, ruled)) / len(ruled):.1%}")  # fmt: skip
 
 
-def correct(output: dict) -> bool:
-    judge, gold = rewards.CHECKERS[output["group"]["checker"]], output["group"]["answer"]
-    return bool(output["finished"] and judge(rewards.offered(output["text"], judge), gold))
+def correct(output: dict) -> bool | None:
+    group = output["group"]
+    return rewards.is_right(group["checker"], group["answer"], output["text"], output["finished"])
 
 
 def different(outputs: list[dict], count: int) -> list[dict]:
@@ -174,8 +187,7 @@ def different(outputs: list[dict], count: int) -> list[dict]:
 
 def cell(output: dict, width: int) -> list[str]:
     group = output["group"]
-    right = correct(output) if rewards.CHECKERS.get(group["checker"]) else None
-    verdict = {None: "no rule", True: "right", False: "wrong"}[right]
+    verdict = {None: "no rule", True: "right", False: "wrong"}[correct(output)]
     head = (
         f"{output['reward']:.2f}, {verdict}, {len(output['tokens'])} tokens, step {group['step']}"
     )

@@ -430,6 +430,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(whole, pair, tmp_path, place,
     arguments = [*WHOLE, *pair, "--out", tmp_path / "run"]
     assert interrupted(place, 1, press, *arguments) == 130
     assert not (tmp_path / "run" / "result.json").exists()
+    assert (tmp_path / "run" / "report.html").exists() == (place != "sampling")
     assert len(rows(tmp_path / "run")) == asked  # it does not first finish what it is at
     assert controlled_start(*arguments) == 0
     assert_same_run(tmp_path / "run", whole)
@@ -440,8 +441,9 @@ def test_what_is_finished_is_not_done_again(whole, pair, monkeypatch):
         raise AssertionError("done again")
 
     shutil.rmtree(whole / "checkpoints")  # nobody needs them any more
-    before = {file: file.read_bytes() for file in whole.rglob("*") if file.suffix != ".png"
-              and file.is_file() and file.name != "metrics.jsonl"}  # fmt: skip
+    before = {file: file.read_bytes() for file in whole.rglob("*")
+              if file.suffix not in (".png", ".html") and file.is_file()
+              and file.name != "metrics.jsonl"}  # fmt: skip
     controlled(monkeypatch)
     for module, name in ((sample, "generate"), (sft, "generate"), (grpo, "generate"),
                          (sft, "sft_step"), (grpo, "step")):  # fmt: skip

@@ -716,6 +716,8 @@ MEASURES = {"pass@1", "cons@2", "greedy", "format", "language", "instruction", "
 
 def test_the_result_has_every_stage_with_every_measure_and_the_claims(whole):
     result = read(whole.out / "result.json")
+    page = (whole.out / "report.html").read_text()
+    assert all(f'"phase":"{phase}"' in page for phase in ("dev2", "r1"))  # outputs of both
     assert list(result) == ["zero", *train_r1.STAGES, "claims", "seconds"]
     for name in ("zero", *train_r1.STAGES):
         assert MEASURES <= result[name].keys()

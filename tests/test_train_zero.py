@@ -157,6 +157,15 @@ def test_a_run_leaves_models_metrics_config_result_and_curve(whole):
     assert (whole / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_has_the_curves_the_outputs_and_the_result(whole):
+    page = (whole / "report.html").read_text()
+    content = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    kept = (whole / "rollouts.jsonl").read_text().splitlines()
+    assert len(content["groups"]) == len(kept) > 0
+    assert content["result"] == json.loads((whole / "result.json").read_text())
+    assert {"rl", "evaluate base"} <= {phase["name"] for phase in content["phases"]}
+
+
 def test_the_result_has_what_readme_promises(whole):
     result = json.loads((whole / "result.json").read_text())
     assert result.keys() == {"base", "zero", "seconds"}
@@ -260,6 +269,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(
     phase, saved = {"pretraining": ("pretrain", 3), "RL": ("rl", 6)}[place]
     assert checkpoint.latest(tmp_path / "run" / "checkpoints" / phase) == saved
     assert not (tmp_path / "run" / "result.json").exists()
+    assert (tmp_path / "run" / "report.html").exists() == (place == "RL")
     assert start(*WHOLE, "--out", tmp_path / "run", "--resume") == 0
     assert_same_run(tmp_path / "run", whole)
 
