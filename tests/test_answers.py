@@ -461,10 +461,10 @@ def test_no_text_takes_long():
             "x+" + piece * 60,
             "{" + piece * 60 + "x}",
         ):
-            start = time.perf_counter()
+            start = time.process_time()
             math_equal(text, "x+1")
             math_equal("2x = " + text[:900], "y = x^2")
-            assert time.perf_counter() - start < 1, text[:40]
+            assert time.process_time() - start < 1, text[:40]
 
 
 def test_the_limits_are_where_they_are_said_to_be():
@@ -554,9 +554,9 @@ def test_a_million_pairs_take_less_than_a_minute():
     """Distinct pairs of 1,000 short answers of all kinds, as many answers meet as many golds."""
     numbers = random.Random(0).sample(range(10_000), 100)
     texts = [kind(n) for n in numbers for kind in KINDS]
-    start = time.perf_counter()
+    start = time.process_time()
     equal = sum(math_equal(a, b) for a in texts for b in texts)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     assert equal == len(texts) + 200  # n and x = n, both ways
 
 
@@ -564,8 +564,8 @@ def test_a_million_pairs_take_less_than_a_minute():
 def test_a_hundred_thousand_answers_never_met_before_take_less_than_half_a_minute():
     """One gold in sixteen pairs, as a group of outputs has it; no text comes a second time."""
     groups = [[KINDS[j % 10](100 * i + j) for j in range(17)] for i in range(6250)]
-    start = time.perf_counter()
+    start = time.process_time()
     for gold, *predictions in groups:
         for prediction in predictions:
             math_equal(prediction, gold)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30

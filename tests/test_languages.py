@@ -338,6 +338,6 @@ def test_no_list_claims_another_languages_word():
 )  # fmt: skip
 def test_no_text_takes_long(piece):
     text = piece * (100_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     assert 0 <= language_share(text, "en") <= 1
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

@@ -359,10 +359,10 @@ def test_words_are_compared_without_case_and_a_blank_gold_is_an_error():
 )
 def test_no_answer_takes_long(piece):
     text = piece * (300_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     for end in (None, 1000):
         assert not knights_equal(text[:end], GOLD) and not sorted_equal(text[:end], "7, 22, 31")
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_file_may_name_the_checkers(tmp_path):

@@ -343,9 +343,9 @@ def test_an_overlong_answer_is_equal_to_nothing():
     ],
 )
 def test_no_answer_takes_long_to_compare(prediction):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not math_equal(prediction, "42")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -356,11 +356,11 @@ def test_no_answer_takes_long_to_compare(prediction):
 def test_no_response_takes_long_to_judge(piece):
     response = piece * (HUGE // len(piece))
     for text in (response, "<think> a </think>" + response, "<answer>" + response + "</answer>"):
-        start = time.perf_counter()
+        start = time.process_time()
         assert accuracy_reward(text, "42") == format_reward(text) == 0.0
         assert accuracy_reward(text, "24 from 3 8 1", countdown_equal) == 0.0
         assert 0 <= language_reward(text, "en") <= 1 and reflections(text) >= 0
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
 
 
 # ---- Countdown -------------------------------------------------------------------------
@@ -479,9 +479,9 @@ def test_digits_may_not_be_glued_or_numbers_split():
     + ["7" + "*7" * 490, "(" * 1000, "7" + " " * HUGE, "7" + "=7" * 400],
 )
 def test_no_expression_takes_long_or_overflows_the_stack(expression):
-    start = time.perf_counter()
+    start = time.process_time()
     assert countdown_equal(expression, "7 from 7") is False
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_nesting_is_allowed_up_to_the_limit():
@@ -704,10 +704,10 @@ def test_the_majority_asks_the_check_it_is_given():
 
 def test_sixty_four_different_answers_are_counted_quickly():
     answers = ["(" + "1, " * 100 + f"{i})" for i in range(64)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert majority(answers) == answers[0]
     assert majority([*answers, answers[9]]) == answers[9]
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_the_rules_execute_nothing():
