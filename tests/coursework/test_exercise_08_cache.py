@@ -1,0 +1,158 @@
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import model
+from tests.coursework.checks import close, same
+
+pytestmark = pytest.mark.exercise_8
+
+CONFIG = model.Config(
+    vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+    q_lora_rank=None, kv_lora_rank=5, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=3,
+    n_routed_experts=None, first_k_dense_replace=0, num_nextn_predict_layers=0, n_group=1,
+    topk_group=1, rope_theta=10.0, initializer_range=0.6, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def turned(x_BTHR, rows, interleaved):
+    """Exercise 5, so that it is not needed here."""
+    turn = rows.turn_BTr.unsqueeze(2)
+    x, y = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
+    pairs = (x * turn.real - y * turn.imag, x * turn.imag + y * turn.real)
+    return torch.stack(pairs, -1).flatten(-2)
+
+
+def absorbed(self, q_BTHK, q_BTHR, cache_ZYX, rows):
+    """Exercise 6, row by row and in its naive form."""
+    out = []
+    for b, seen in enumerate(rows.seen_B.tolist()):
+        pages = [b] if rows.table_BP is None else rows.table_BP[b]
+        entries_SX = torch.cat([cache_ZYX[page] for page in pages])[:seen]
+        kv = self.kv_b_proj(entries_SX[:, : self.C]).view(seen, self.H, -1)
+        k_SHK, v_SHU = kv.split((self.K, self.U), -1)
+        scores_HS = torch.einsum("hk,shk->hs", q_BTHK[b, 0], k_SHK)
+        scores_HS = scores_HS + torch.einsum("hr,sr->hs", q_BTHR[b, 0], entries_SX[:, self.C :])
+        probs_HS = (self.scale * scores_HS).softmax(-1)
+        out.append(torch.einsum("hs,shu->hu", probs_HS, v_SHU).flatten())
+    return torch.stack(out)[:, None]
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins():
+    with stand_ins():
+        yield
+
+
+def stand_ins():
+    """Exercises 5 and 6 are computed here while this file's tests run."""
+    return patch.multiple(
+        model, rotate=turned, MLA=type("MLA", (model.MLA,), {"absorbed": absorbed})
+    )
+
+
+def transformer():
+    torch.manual_seed(2)
+    return model.Transformer(CONFIG).double().eval()
+
+
+def tokens(*shape):
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(3))
+
+
+def decoded(transformer, tokens_BT, starts, table_BP=None, page=16, pages=None):
+    """Hidden states of the tokens from each row's start on, one token a step."""
+    B, T = tokens_BT.shape
+    cache_MZYX = transformer.new_cache(pages or B, page)
+    steps = []
+    with torch.no_grad():
+        for b in range(B):  # each row's beginning, by itself
+            row = None if table_BP is None else table_BP[b : b + 1]
+            part = cache_MZYX if row is not None else cache_MZYX[:, b : b + 1]
+            positions_1T = torch.arange(starts[b])[None]
+            transformer.hidden(
+                tokens_BT[b : b + 1, : starts[b]], positions_1T, cache_MZYX=part, table_BP=row
+            )
+        for step in range(T - max(starts)):
+            at_B1 = torch.tensor(starts)[:, None] + step
+            hidden_B1D, _ = transformer.hidden(
+                tokens_BT.gather(1, at_B1), at_B1, cache_MZYX=cache_MZYX, table_BP=table_BP
+            )
+            steps.append(hidden_B1D)
+    return torch.cat(steps, 1)
+
+
+def uncached(transformer, tokens_BT, starts):
+    """The same from whole rows, without a cache."""
+    with torch.no_grad():
+        hidden_BTD, _ = transformer.hidden(tokens_BT)
+    length = tokens_BT.shape[1] - max(starts)
+    rows = [row[start : start + length] for row, start in zip(hidden_BTD, starts)]
+    return torch.stack(rows)
+
+
+def cached_rows(positions, Y, table=None):
+    table_BP = None if table is None else torch.tensor(table)
+    return transformer().cached_rows(torch.tensor(positions), Y, table_BP)
+
+
+def test_a_new_token_sees_itself():
+    rows = cached_rows([[6], [0]], 16)
+    same(rows.seen_B.tolist(), [7, 1], "tokens seen from positions 6 and 0")
+
+
+def test_without_a_table_row_b_is_page_b():
+    rows = cached_rows([[6], [3]], 16)
+    same(rows.page_BT.expand(2, 1).tolist(), [[0], [1]], "the pages of two rows")
+    same(rows.place_BT.tolist(), [[6], [3]], "the places in them of positions 6 and 3")
+
+
+def test_with_a_table_a_position_is_in_one_of_the_rows_pages():
+    rows = cached_rows([[6], [3]], 4, [[5, 2], [7, 1]])
+    same(rows.page_BT.tolist(), [[2], [7]], "positions 6 and 3 in pages of 4: 5, 2 and 7, 1")
+    same(rows.place_BT.tolist(), [[2], [3]], "the places in these pages")
+
+
+def test_a_prefill_is_no_step():
+    rows = cached_rows([[0, 1, 2]], 16)
+    assert rows.seen_B is None, f"seen_B is {rows.seen_B} with three tokens a row, not None"
+
+
+def test_an_entry_is_the_latent_and_then_the_rotated_key():
+    attention, rows = transformer().model.layers[0].self_attn, cached_rows([[3]], 4, [[2, 0]])
+    cache_ZYX, x_BTD = torch.zeros(3, 4, 9, dtype=torch.float64), torch.randn(1, 1, 8).double()
+    with torch.no_grad():
+        attention(x_BTD, rows, cache_ZYX)
+        _, _, latent_BTC, rope_BTR = attention.project(x_BTD, rows)
+    wanted = torch.zeros_like(cache_ZYX)
+    wanted[2, 3] = torch.cat((latent_BTC[0, 0], rope_BTR[0, 0]))
+    close(cache_ZYX, wanted, "position 3 of pages of 4: the entry [2, 3], and no other")
+
+
+def test_decoding_equals_the_whole_row_at_once():
+    net, tokens_BT = transformer(), tokens(1, 7)
+    close(decoded(net, tokens_BT, [3]), uncached(net, tokens_BT, [3]), "4 steps after 3 tokens")
+
+
+def test_rows_go_on_at_their_own_positions():
+    net, tokens_BT = transformer(), tokens(2, 8)
+    got = decoded(net, tokens_BT, [5, 2])
+    close(got, uncached(net, tokens_BT, [5, 2]), "3 steps of rows that have 5 and 2 tokens")
+
+
+def test_decoding_over_pages_equals_the_whole_row():
+    net, tokens_BT = transformer(), tokens(2, 8)
+    table_BP = torch.tensor([[3, 0, 4], [1, 5, 2]])
+    got = decoded(net, tokens_BT, [2, 3], table_BP, page=3, pages=6)
+    close(got, uncached(net, tokens_BT, [2, 3]), "rows over pages of 3 tokens")
+
+
+def test_without_a_cache_it_is_the_naive_form():
+    attention = transformer().model.layers[0].self_attn
+    x_BTD = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(4)).double()
+    rows = transformer().rows(torch.zeros(1, 3, dtype=torch.long), None)
+    with torch.no_grad():
+        got = attention(x_BTD, rows)
+        wanted = attention.o_proj(attention.naive(*attention.project(x_BTD, rows), None))
+    close(got, wanted, "three tokens, no cache")
