@@ -294,9 +294,10 @@ The final answer is the last `<answer>...</answer>` or `\boxed{...}` after the r
 within the answer's tags is the answer, if it is the only one there. `split_reasoning(response)`
 gives the text after the reasoning, or None where the reasoning has no clear end; `last_box(text)`
 the content of the last box, or None where that is malformed; `BOX` and `ANSWER_TAG` find boxes
-and tags. Whatever is not clear is None. The reward is what `check(answer, gold)` says.
+and tags. Whatever is not clear is None. The reward is what `check(offered(response, check), gold)`
+says: `offered` is your `extract_answer`, but for programs.
 """,
-        "reward = 1.0 if check(extract_answer(response), gold) else 0.0",
+        "reward = 1.0 if check(offered(response, check), gold) else 0.0",
         (
             "The answer is not taken from the reasoning, however right it is there.",
             "Where the last answer is malformed, an earlier one does not take its place.",

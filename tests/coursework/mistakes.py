@@ -274,7 +274,7 @@ MISTAKES = (
     ),
     Mistake(
         11, "the gold anywhere in the answer", "accuracy_reward",
-        (("check(extract_answer(response), gold)", 'gold in (extract_answer(response) or "")'),),
+        (("check(offered(response, check), gold)", 'gold in (extract_answer(response) or "")'),),
         "test_a_right_answer_earns_1_and_any_other_0",
         "`gold in answer` pays for 14 and for '4 or 5': ask check",
     ),
