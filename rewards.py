@@ -159,14 +159,20 @@ CHECKERS = {"math": math_equal, "countdown": countdown_equal, "code": sandbox.pa
 
 
 def need_rules(problems: Iterable) -> None:
-    """Raises ValueError where a problem's answer can't be checked by a rule."""
+    """Raises ValueError where a problem's answer can't be checked by a rule, or its rule can't read
+    the gold answer."""
     for problem in problems:
-        if CHECKERS.get(problem.checker) is None:
+        check = CHECKERS.get(problem.checker)
+        if check is None:
             known = ", ".join(name for name, check in CHECKERS.items() if check)
             raise ValueError(
                 f"no rule checks {problem.question[:60]!r}: its checker is {problem.checker!r}; use"
                 f" one of {known}"
             )
+        try:
+            check(None, problem.answer)
+        except ValueError as error:
+            raise ValueError(f"{problem.question[:60]!r}: {error}") from None
 
 
 def offered(response: str, check: Callable | None) -> str | None:

@@ -6,7 +6,8 @@ equal, for the policy searches for what passes. The rules, where one could decid
   - A number is written in one of the ways of NUMBER, FRACTION and SCIENTIFIC. One that has yet to
     be computed, 6*7 or 10^2, equals no number: the question may be just that.
   - A decimal of ROUNDED places or more also stands for what rounds to it, 0.3333 for 1/3, unless
-    that is a decimal too; a shorter one is exact. A decimal comma is read where no list is wanted.
+    that is a decimal too; a shorter one is exact, and so is 0.0012, whose digits are too few. A
+    decimal comma is read where no list is wanted.
   - Units are not converted. One that the gold answer names has to be there: 5 for 5 cm is wrong.
     One that it doesn't name may be: 5 cm for 5, but not 5 thousand; 50% is neither 50 nor 0.5.
     Degrees and currencies are left out: the question has fixed them.
@@ -86,9 +87,9 @@ LATEX = [
 ]  # fmt: skip
 PLAIN = [
     (r"[$€£¥°~]", " "),  # mathematics' or money's; and degrees
-    (r"\s*\{\s*,\s*\}\s*", ","), (r"_\{([A-Za-z0-9])\}", r"_\1"),
+    (r"\s*\{\s*,\s*\}\s*", ","), (r"_\{([A-Za-z0-9])\}(?![0-9])", r"_\1"),
     (r"\{\s+", "{"), (r"\s+\}", "}"), (r"\}\s+\{", "}{"),
-    (rf"\s(?:percent(?:age)?|pct){END}", " %"), (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
+    (rf"\s(?:per ?cent(?:age)?s?|pct){END}", " %"), (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"),
     (r"\s*([-+*/=^()\[\]⦃⦄<>≤≥≠≈])\s*", r"\1"),  # not the comma: "1, 234" are two numbers
 ]  # fmt: skip
 LATEX, PLAIN = [[(re.compile(a), b) for a, b in rules] for rules in (LATEX, PLAIN)]
@@ -158,24 +159,30 @@ MIXED = r"([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+) ([0-9]+)/([0-9]+)"
 EXPONENT = r"10\^(?:\{(-?[0-9]{1,3})\}|(-?[0-9]{1,3}))"
 SCIENTIFIC = rf"({NUMBER})(?:\*| ?x ?| ?\\times ?| ?\\cdot ?){EXPONENT}"
 UNIT = re.compile(
-    r"(?P<value>.*[^A-Za-z\\ ])"
+    r"(?P<value>.*(?:[^A-Za-z\\ ]|\\pi(?= (?:[ckm]m|ft|[A-Za-z]{4}))))"  # \pi abc is a product
     r"(?P<unit> ?%|(?<=[0-9])m\^[23]| ?[A-Za-z]{2,}(?:[ /*-][A-Za-z]+|\^[23]|\^\{[23]\})*)"
 )
 SHORT = set("cm mm km kg mg ml ft in lb oz hr min mph st nd rd th".split())  # else 2ab is a product
 CURRENCY = {"dollar", "dollars", "degree", "degrees", "euro", "euros"}
 # Words after a number that are no unit: they make another number of it, or a sentence.
-NO_UNITS = set("% hundred thousand million billion trillion k dozen score half halves third thirds"
-               " quarter quarters squared cubed factorial and or nor not no but is are to than vs"
-               " versus maybe perhaps".split())  # fmt: skip
+NO_UNITS = set("% hundred hundreds thousand thousands million millions billion billions trillion"
+               " trillions k bn lakh crore dozen score half halves third thirds quarter quarters"
+               " fifths sixths eighths tenth tenths hundredths thousandths squared cubed factorial"
+               " plus minus over choose mod and or nor not no but is are to than vs versus maybe"
+               " perhaps otherwise".split())  # fmt: skip
 
-NAME = r"(?:(?!\\pi)\\?[A-Za-z]+'?(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?(?:\([A-Za-z0-9, ]+\))?)"
+NAME = (
+    r"(?:(?!\\pi)\\?[A-Za-z]+'?(?:_(?:[A-Za-z0-9]|\{[^{}]*\}))?"
+    r"(?:\((?:-[0-9]+|[A-Za-z0-9, ]+)\))?)"
+)
 SIDE = re.compile(  # of an equation, if it names the other: x, f(x), |AB|, A:B, (p, q)
     rf"{NAME}|\|{NAME}\||{NAME} ?[:/] ?{NAME}|\\frac\{{{NAME}\}}\{{{NAME}\}}"
     rf"|\({NAME}(?:, ?{NAME})*\)"
 )
 RELATIONS = r"[=<>≤≥≠≈]|\\in(?![A-Za-z])"
 MATRIX = re.compile(
-    r"\[?\\begin\{(?P<kind>[pb]?matrix|array)\}(?:\{[lcr|]*\})?(?P<rows>.*)\\end\{(?P=kind)\}\]?"
+    r"[(\[]?\\begin\{(?P<kind>[pb]?matrix|array)\}(?:\{[lcr|]*\})?(?P<rows>.*)"
+    r"\\end\{(?P=kind)\}[)\]]?"
 )
 WORDS = re.compile(r"(?:[A-Za-z]+(?:[ '’.-]+|$))+")
 BOTH = re.compile(r"\s*\\([pm])[pm](?![A-Za-z])\s*")
@@ -396,8 +403,10 @@ def same_value(a: Number | Measure, b: Number | Measure) -> bool:
     if isinstance(a, Measure) and isinstance(b, Measure):
         return a.expression.same(b.expression)
     long, other = (a, b) if isinstance(a, Number) and a.places >= ROUNDED else (b, a)
-    if isinstance(long, Number) and long.places >= ROUNDED:
-        half = Fraction(1, 2 * 10**long.places)
+    places = long.places if isinstance(long, Number) else 0
+    # 0.0000 and 0.0001 stand for themselves only: too many small numbers round to them.
+    if places >= ROUNDED and abs(long.value) * 10**places >= 100:
+        half = Fraction(1, 2 * 10**places)
         if isinstance(other, Measure):
             return other.expression.near(long.value, half)
         if other.places == 0:

@@ -307,7 +307,10 @@ class Expression:
         parser = Parser(text)
         self.tree = parser.parse()
         self.names = {name for kind, name in parser.tokens if kind == "name"} - CONSTANTS.keys()
+        # At all places at once: where one is too large it has to show here, not in a comparison.
         self.first = self.value(0)
+        others = [self.value(n) if self.names else self.first for n in range(1, PLACES)]
+        self.values = [self.first, *others]  # those of a constant are the same
         if self.first is None and self.values.count(None) > PLACES - 2:
             raise ZeroDivisionError("no value")
 
@@ -318,17 +321,11 @@ class Expression:
         except ZeroDivisionError:
             return None
 
-    @functools.cached_property
-    def values(self) -> list:
-        """Those at all places, where a constant is the same; most pairs differ at the first."""
-        others = [self.value(n) if self.names else self.first for n in range(1, PLACES)]
-        return [self.first, *others]
-
     def same(self, other: "Expression") -> bool:
         """Whether the values agree wherever both have one. Where only one of the two is real,
         as are ln x^2 and 2 ln x at negative x, nothing is said; at two places something has to."""
         if not all(close(a, b) for a, b in comparable([self.first], [other.first])):
-            return False
+            return False  # as most pairs do
         pairs = comparable(self.values, other.values)
         return len(pairs) >= 2 and all(close(a, b) for a, b in pairs)
 

@@ -145,7 +145,10 @@ def knights_and_knaves(level: int, rng: random.Random) -> Puzzle:
     return Puzzle(question, answer, "knights-and-knaves", tuple(claims))
 
 
-VERDICT = re.compile(r"([a-z]+)\s*(?:is\b|:|=|->|→|-)?\s*(?:an?\b|the\b)?\s*\b(knight|knave)")
+# Each \s* ends at a sign or a letter: two in a row would share many spaces in too many ways.
+VERDICT = re.compile(
+    r"([a-z]+)(?:\s*(?:is\b|:|=|->|→|-))?(?:\s*\b(?:an?|the)\b)?\s*\b(knight|knave)"
+)
 MAX_ANSWER = 1000  # characters
 
 

@@ -365,6 +365,14 @@ def test_no_answer_takes_long(piece):
     assert time.process_time() - start < 0.5
 
 
+def test_many_spaces_take_no_time_either():
+    start = time.perf_counter()
+    for before, after in (("alice", "x"), ("alice is", "x"), ("alice is a", "x"), ("alice", "is")):
+        assert not knights_equal(before + " " * 900 + after, GOLD)
+    assert knights_equal(GOLD.replace(" is", " " * 100 + "is").replace("a k", "a   k"), GOLD)
+    assert time.perf_counter() - start < 0.5
+
+
 def test_a_file_may_name_the_checkers(tmp_path):
     rows = [dict(question="Who is what?", answer=GOLD, checker="knights-and-knaves"),
             dict(question="Sort", answer="1, 2", checker="sorting")]  # fmt: skip

@@ -725,6 +725,12 @@ def test_problems_without_a_rule_are_refused_where_rules_are_needed(checker):
         need_rules([Problem("1 + 1 ?", "2"), Problem("say hello", "", checker)])
 
 
+@pytest.mark.parametrize("checker", ["math", "countdown", "code", "knights-and-knaves", "sorting"])
+def test_a_gold_that_its_own_rule_cannot_read_is_refused_before_training(checker):
+    with pytest.raises(ValueError, match="what is it.*(gold is|Expecting value)"):
+        need_rules([Problem("1 + 1 ?", "2"), Problem("what is it", " ", checker)])
+
+
 @pytest.mark.parametrize(
     "response, said",
     [
