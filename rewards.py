@@ -127,20 +127,27 @@ def countdown_equal(expression: str | None, gold: str) -> bool:
 
 # ---- code: a program that passes every test ----------------------------------------------
 
-FENCE = re.compile(r"^ {0,3}(`{3,})([^`\n]*)$", re.MULTILINE)
+# <answer> and </answer> may stand on a fence's line, as in R1-Zero's template.
+FENCE = re.compile(r"^ {0,3}(?:<answer> *)?(`{3,})([^`\n]*)$", re.MULTILINE)
 
 
 def extract_program(response: str) -> str | None:
-    """The last fenced block after the reasoning, or None. If it is not closed, an earlier one is
-    not taken instead."""
+    """The last fenced block after the reasoning that says it is Python or, where none says so, the
+    last one. None without any, and where a block is not closed: no other takes its place."""
     _, text = split_reasoning(response)
-    program, opening = None, None
+    blocks: list[tuple[bool, str]] = []
+    opening = None
     for fence in FENCE.finditer(text or ""):
         if opening is None:
             opening = fence
-        elif len(fence[1]) >= len(opening[1]) and not fence[2].strip():
-            program, opening = text[opening.end() + 1 : fence.start()], None
-    return program if opening is None else None
+        elif len(fence[1]) >= len(opening[1]) and fence[2].strip() in ("", "</answer>"):
+            named = opening[2].strip().lower() in ("python", "python3", "py")
+            blocks.append((named, text[opening.end() + 1 : fence.start()]))
+            opening = None
+    if opening or not blocks:
+        return None
+    programs = [program for named, program in blocks if named] or [program for _, program in blocks]
+    return programs[-1]
 
 
 def code_reward(

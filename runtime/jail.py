@@ -1,6 +1,6 @@
 """The other side of sandbox.py: a process that does nothing but fork the processes of the tests.
 
-It has an empty environment and a socket. For each test it is sent three descriptors: the job (the
+It has nothing but a socket, as its input. For each test it is sent three descriptors: the job (the
 program and what to call), the input, and a pipe for the output. It reads none of them: the process
 that it forks shuts itself in, and only then looks. So no test finds in its memory what another got.
 
@@ -145,8 +145,8 @@ def lock_files(paths: list[str], writable: list[str], version: int) -> None:
 
 # The system calls that a program does not get, with their numbers on x86-64 and on ARM: other
 # processes, the network, memory shared under a name, the kernel's own affairs, and what Landlock
-# leaves open on files that are the user's own (their mode, owner, times, length). What only root
-# may is not listed, for a program has none of root's rights.
+# leaves open: to watch files and, on those that are the user's own, to change their mode, owner,
+# times, length. What only root may is not listed, for a program has none of root's rights.
 FORBIDDEN = """
 fork 57 -      vfork 58 -      execve 59 221   execveat 322 281   kill 62 129    tkill 200 130
 tgkill 234 131   rt_sigqueueinfo 129 138   rt_tgsigqueueinfo 297 240   ptrace 101 117
@@ -161,16 +161,20 @@ add_key 248 217   request_key 249 218   keyctl 250 219   bpf 321 280   perf_even
 io_setup 206 0   flock 73 32   chmod 90 -   fchmod 91 52   fchmodat 268 53   chown 92 -
 lchown 94 -   fchown 93 55   fchownat 260 54   utime 132 -   utimes 235 -   futimesat 261 -
 utimensat 280 88   setxattr 188 5   lsetxattr 189 6   fsetxattr 190 7   removexattr 197 14
-lremovexattr 198 15   fremovexattr 199 16   truncate 76 45
+lremovexattr 198 15   fremovexattr 199 16   truncate 76 45   inotify_init 253 -
+inotify_init1 294 26   fanotify_init 300 262   sync 162 81   syncfs 306 267   syslog 103 116
+setuid 105 146   setreuid 113 145   setresuid 117 147
 """
 # Numbers, an argument, which of its bits, values, and whether only these or all others are allowed.
 CONDITIONS = (
     ((56, 220), 0, 0x10000, (0x10000,), True),  # clone makes threads, no processes
     ((302, 261), 0, 0xFFFFFFFF, (0,), True),  # prlimit64 is for the program's own limits
     ((53, 199), 1, 0xF, (1,), True),  # socketpair: a stream can't be sent anywhere else
-    # fcntl and ioctl: whom to signal when a descriptor is ready, and leases; a terminal's input
+    # fcntl: whom to signal when a descriptor is ready, and leases
     ((72, 25), 1, 0xFFFFFFFF, (8, 10, 15, 1024, 1026), False),
-    ((16, 29), 1, 0xFFFFFFFF, (0x8901, 0x8902, 0x5412), False),
+    # ioctl is for what Python asks: is it a terminal, what waits there, block or not, inherit or
+    # not. It could change the attributes of files, which Landlock leaves to their owner.
+    ((16, 29), 1, 0xFFFFFFFF, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), True),
 )
 NEWER = 424  # from here on numbers are the same on all machines: new mounts, io_uring, pidfds, ...
 ALLOWED_NEWER = (436, 439, 441)  # close_range, faccessat2, epoll_pwait2
@@ -245,20 +249,22 @@ class Jail:
         }.items():  # fmt: skip
             most = resource.getrlimit(limit)[1]  # of who started the run; -1: no limit
             value = value if most < 0 else min(value, most)
-            resource.setrlimit(limit, (value, value))
+            # A program may raise its stack's, as many do that recurse: it is memory, so limited.
+            resource.setrlimit(limit, (value, most if limit == resource.RLIMIT_STACK else value))
         system("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self.landlock:
             lock_files(self.paths, ["/tmp"] if self.namespaces else [], self.landlock)
         # Root becomes a user who owns nothing else, so that threads can be counted. Where Landlock
-        # alone guards the files he stays: the library may be readable to root only.
-        change = os.geteuid() == 0 and (self.namespaces or not self.landlock)
-        for user in (10**9 + self.server, 65534) if change else ():
+        # alone guards the files only in this count: the library may be readable to root only.
+        root, stays = os.geteuid() == 0, self.landlock and not self.namespaces
+        for user in (10**9 + self.server, 65534) if root else ():
             with suppress(OSError):
-                os.setgroups([])
-                os.setresgid(user, user, user)
-                os.setresuid(user, user, user)
+                if not stays:
+                    os.setgroups([])
+                    os.setresgid(user, user, user)
+                os.setresuid(user, *[0 if stays else user] * 2)
                 break
-        if self.namespaces:
+        if self.namespaces or root and os.getuid():
             resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
         system("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no rights at all
         system("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: nobody reads its memory
@@ -280,6 +286,7 @@ def serve(jail: Jail, control: socket.socket) -> dict | None:
         limits = json.loads(message)
         pid = jail.fork()
         if pid == 0:
+            control.detach()  # else its end would close what has the same number by then
             return begin(jail, *fds, **limits)
         for fd in fds:
             os.close(fd)
@@ -312,10 +319,12 @@ def begin(jail: Jail, job: int, given: int, out: int, seconds: float, memory: in
 
 
 def run(job: dict | str) -> None:
-    """Run the program as Python would run a file. For a call, write the result to descriptor 3 as
-    JSON; what else is written there is the program's own loss."""
+    """Run the program as Python would run a file. For a call: as it would import one, and write the
+    result to descriptor 3 as JSON; what else is written there is the program's own loss."""
     dumps, write, leave = json.JSONEncoder(allow_nan=False).encode, os.write, os._exit
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main = types.ModuleType("__main__" if isinstance(job, str) else "program")
+    sys.modules["__main__"] = sys.modules[main.__name__] = main
+    main.__file__ = "program.py"
     if isinstance(job, str):
         status = [1]
         atexit.register(finish, main, status)
@@ -366,4 +375,4 @@ def main(control: socket.socket, namespaces: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2] == "namespaces")
+    main(socket.socket(fileno=0), sys.argv[1] == "namespaces")

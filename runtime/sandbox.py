@@ -107,10 +107,10 @@ class Jail:
     def __init__(self, namespaces: bool = True):
         for how in ("namespaces",) * namespaces + ("no namespaces",):
             self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            file, fd = Path(__file__).with_name("jail.py"), theirs.fileno()
+            file = Path(__file__).with_name("jail.py")
             self.process = subprocess.Popen(
-                [sys.executable, "-ISB", file, str(fd), how], env={}, cwd="/", pass_fds=[fd],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                [sys.executable, "-ISB", file, how], stdin=theirs, stdout=subprocess.DEVNULL,
+                cwd="/", env={"MALLOC_ARENA_MAX": "1"},  # else each thread may reserve 128 MB
                 start_new_session=True,  # Ctrl-C in the terminal is this process's affair
             )  # fmt: skip
             theirs.close()

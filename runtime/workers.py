@@ -25,7 +25,8 @@ ATTEMPTS = 3  # to get an output's reward from a worker that dies
 
 class Workers:
     """A reward whose rule is applied by other processes. The rule is pickled: a function at the top
-    level of a module, or a `partial` of one. What takes it longer than `seconds` is worth 0.
+    level of a module, or a `partial` of one. What takes it longer than `seconds` is worth 0, except
+    for programs: each of their tests has a limit of its own, and there may be many.
 
     Calling it raises what the rule raised, and RuntimeError where workers die again and again.
     """
@@ -42,8 +43,9 @@ class Workers:
         """Have an output's reward computed; the same output is not computed twice."""
         key = problem, text, finished
         if key not in self.begun:
+            seconds = 0 if getattr(problem, "checker", None) == "code" else self.seconds
             try:
-                self.begun[key] = self._open().submit(limited, self.rule, key, self.seconds)
+                self.begun[key] = self._open().submit(limited, self.rule, key, seconds)
             except BrokenProcessPool:  # found out later, when the result is asked for
                 self.begun[key] = Future()
                 self.begun[key].set_exception(BrokenProcessPool())
@@ -105,7 +107,7 @@ def begin_worker() -> None:
 
 
 def limited(rule: Callable, output: tuple, seconds: float) -> float:
-    """In a worker: the rule's value, or 0 where it takes longer than that."""
+    """In a worker: the rule's value, or 0 where it takes longer than that. 0 seconds: no limit."""
     if not hasattr(signal, "setitimer"):  # Windows
         return float(rule(*output))
 

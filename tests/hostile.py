@@ -188,6 +188,14 @@ code = mmap.mmap(-1, 4096, prot=7)  # mov eax, 20 (getpid); int 0x80; ret
 code.write(b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3')
 address = ctypes.addressof(ctypes.c_char.from_buffer(code))
 def solve(a, b): return ctypes.CFUNCTYPE(ctypes.c_int)(address)()""",
+    "asks for a file's attributes": """
+import fcntl, os
+fcntl.ioctl(os.open(os.__file__, 0), 0x80086601, bytes(8))  # who may ask may also set them
+def solve(a, b): return 'passed'""",
+    "watches files": """
+import ctypes
+assert ctypes.CDLL(None).inotify_init1(0) >= 0
+def solve(a, b): return 'passed'""",
     # -- forges the result
     "writes a verdict to every descriptor": """
 import os

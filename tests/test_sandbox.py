@@ -23,7 +23,7 @@ from tests.hostile import ANSWER, CALLED, PRINTING, filled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the jail needs Linux")
 ROOT = Path(__file__).parent.parent
-QUICK = 0.3  # seconds for a hostile program; by the clock three times that
+QUICK = 0.2  # seconds for a hostile program; by the clock three times that
 CALL = {"call": "solve", "args": [3, 5], "expected": ANSWER}
 PRINT = {"input": "3 5\n", "output": ANSWER + "\n"}
 ADD = {"call": "add", "args": [3, 4], "expected": 7}
@@ -174,7 +174,7 @@ HOW = {  # the word says what kept a program from passing
     "too much output": ["a result without an end"],
     "failed": ["a fork bomb by raw system calls", "becomes another program", "takes memory",
                "takes memory by mmap", "asks over TCP", "kills its parent", "NaN",
-               "__eq__ is always true"],
+               "__eq__ is always true", "asks for a file's attributes", "watches files"],
     "wrong": ["True", "the words", "writes two results", "writes a verdict to every descriptor",
               "sys.exit(0) at once", "os._exit(0) at once"],
 }  # fmt: skip
@@ -233,6 +233,16 @@ def solve(a, b):
     while not rung: time.sleep(0.01)
     return ANSWER""",
     "prints as well": "def solve(a, b): print('x' * 10 ** 6); return ANSWER",
+    "raises its stack's limit": """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 28, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+def solve(a, b): return ANSWER if resource.getrlimit(resource.RLIMIT_STACK)[0] == 1 << 28 else 0""",
+    "knows its file": "import os\nos.path.abspath(__file__)\ndef solve(a, b): return ANSWER",
+    "many threads": """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(0.1,)) for _ in range(40)]
+for thread in threads: thread.start()
+def solve(a, b): return ANSWER""",
     "a temporary file": """
 import tempfile
 def solve(a, b):
@@ -240,6 +250,10 @@ def solve(a, b):
         file.write(ANSWER); file.seek(0); return file.read()""",
 }
 PRINTS = {
+    "reads in a thread that goes on": """
+import threading, time
+def work(): time.sleep(0.1); print(ANSWER[:-2] + str(int(input()[0]) + 9))
+threading.Thread(target=work).start()""",
     "exit()": "import sys\nprint(ANSWER)\nassert sys.argv == ['program.py']\nexit()\nprint('more')",
     "exit() in a function": "def main():\n    print(ANSWER)\n    exit(0)\nmain()",
     "a closed output": "import sys\nprint(ANSWER)\nsys.stdout.close()",
@@ -342,6 +356,43 @@ def test_a_program_has_no_environment_and_an_empty_directory(pool):
     assert pool.run(see, [{**CALL, "expected": [{}, place]}]) == ["passed"]
 
 
+def test_a_program_has_four_descriptors_however_many_its_parent_has(pool):
+    see = """
+import os
+def is_open(fd):
+    try: return bool(os.fstat(fd))
+    except OSError: return False
+def solve(a, b): return [fd for fd in range(4096) if is_open(fd)]"""
+    files = [open(os.devnull) for _ in range(300)]  # the socket to the jail has a number after them
+    with Pool(namespaces=pool.namespaces) as pool:
+        assert pool.run(see, [{**CALL, "expected": [0, 1, 2, 3]}]) == ["passed"]
+    for file in files:
+        file.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="counts root's only")
+def test_threads_are_counted(pool):
+    bomb = """
+import os, threading, time
+threading.stack_size(32768)
+def solve(a, b):
+    try: os.setresuid(0, 0, 0)  # who is not counted
+    except OSError: pass
+    try:
+        for count in range(1000): threading.Thread(target=time.sleep, args=(0.5,)).start()
+    except RuntimeError: return 50 < count < 64"""
+    assert pool.run(bomb, [{**CALL, "expected": True}]) == ["passed"]
+
+
+def test_a_call_imports_the_program_which_does_not_read_then(pool):
+    program = """
+def solve(a, b): return a + b
+if __name__ == '__main__':
+    print(solve(*map(int, input().split())))"""
+    tests = [{**CALL, "expected": 8}, {"input": "3 5", "output": "8"}]
+    assert pool.run(program, tests) == ["passed"] * 2
+
+
 # ---- what is right -----------------------------------------------------------------------------
 
 SAME = [(1, 1), (0.1 + 0.2, 0.3), ([1, "a", None], [1, "a", None]), ({"a": [1.0]}, {"a": [1.0]})]
@@ -375,8 +426,8 @@ def test_one_failed_test_ends_it(pool):
 def test_limits(pool):
     burn = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n"
     seven = {"input": "", "output": "7"}
-    assert pool.run(burn.format(0.1) + "print(7)", [seven], seconds=0.5) == ["passed"]
-    assert pool.run(burn.format(0.6) + "print(7)", [seven], seconds=0.5) == ["out of time"]
+    assert pool.run(burn.format(0.05) + "print(7)", [seven], seconds=0.3) == ["passed"]
+    assert pool.run(burn.format(0.4) + "print(7)", [seven], seconds=0.3) == ["out of time"]
     take = "x = bytearray(200 << 20)\nprint(7)"
     assert pool.run(take, [seven], memory=400 << 20) == ["passed"]
     assert pool.run(take, [seven], memory=150 << 20) == ["failed"]
@@ -497,7 +548,8 @@ def test_elsewhere_than_on_linux_it_says_so(monkeypatch):
 
 def test_nothing_starts_before_the_first_program():
     look = (
-        "import rewards, os; print(open(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read())"
+        "import runtime.sandbox, os;"
+        "print(open(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read())"
     )
     out = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
     assert out.stdout.strip() == "" and out.returncode == 0
@@ -536,8 +588,12 @@ WRONG = BLOCK.replace("+", "-")
 EARNS = [
     f"<think> easy </think> <answer>\n{BLOCK}\n</answer>",
     f"<think> easy </think>\n{BLOCK}",
+    f"<think> easy </think> <answer>{BLOCK}</answer>",
+    f"<think> easy </think> <answer> {BLOCK} </answer>",
     f"<think> {WRONG} </think>\n{WRONG}\nNo:\n{BLOCK}\nDone.",
     f"<think> easy </think>\n{BLOCK.replace('```', '````')}",
+    f"<think> easy </think>\n{BLOCK}\nIt prints:\n```\n7\n```",
+    f"<think> easy </think>\n```text\n7\n```\n{BLOCK.replace('python', '')}",
     f"no reasoning\n{BLOCK.replace('python', '')}",
     f"<think> easy </think>\n{BLOCK.replace('a + b', 'a + b  # ```')}",
 ]
@@ -549,8 +605,12 @@ EARNS_NOTHING = [
     f"<think> easy </think>\n{BLOCK}\n</think>\n{BLOCK}",
     f"<think> easy </think>\n{BLOCK}\n{WRONG}",
     f"<think> easy </think>\n{BLOCK}\n```python\nnot closed",
+    f"<think> easy </think>\n{BLOCK}\n```Python\npass\n```",
+    f"<think> easy </think>\n{BLOCK.replace('python', '')}\n```\n7\n```",
     f"<think> easy </think>\n{BLOCK[:-4]}",
     f"<think> easy </think>\n{WRONG}",
+    f"<think> easy </think> <answer>{BLOCK}</answer> or <answer>\n{WRONG}</answer>",
+    f"<think> easy </think> {BLOCK}\n<answer>```</answer>",
     "<think> easy </think>\ndef add(a, b): return a + b",
 ]
 

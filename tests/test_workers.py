@@ -90,6 +90,11 @@ def test_what_takes_too_long_earns_nothing_and_holds_up_nobody():
         assert reward([PROBLEM], ["x"], [True]) == [0]
 
 
+def test_programs_have_the_limits_of_their_tests_only():
+    with closing(Workers(slow, processes=1, seconds=0.1)) as reward:
+        assert reward([Problem("Write add.", "[]", "code")], ["0.5"], [True]) == [1]
+
+
 def test_an_error_of_the_rule_is_raised_here():
     with closing(Workers(failing, processes=1)) as reward:
         with pytest.raises(KeyError, match="no x"):
