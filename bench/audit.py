@@ -12,6 +12,7 @@ Read next: ../rewards.py.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -54,6 +55,8 @@ def main() -> None:
             audit(given.audit, given.count, given.last)
     except (DataError, UserError) as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def rows(path: Path, *names: str) -> Iterator[tuple[str, dict]]:
