@@ -1,29 +1,42 @@
 """Group relative policy optimization: how R1-Zero learns (R1 2.2.1; DeepSeekMath, 2402.03300).
 
-The model that learns is the policy. A question is asked G times; its G outputs are a group. An
-output's advantage A is its reward against the group's mean, in units of the group's std. (PPO
-trains a second network, the critic, for that comparison.) The tokens of an output with A > 0
-become likelier, those of one with A < 0 less likely.
+The model that learns is the policy. A question is asked G times, by sampling; its G outputs are a
+group. Each output gets one number, its reward (accuracy + format, rewards.py). Its advantage A is
+that reward minus the group's mean, divided by the group's std. All tokens of an output share its A:
+where A > 0 they become likelier, where A < 0 less likely.
 
     1. group_advantages, kl_estimate, grpo_loss    the equations, as pure functions
-    2. rollout    questions -> outputs, with the log-probs they were drawn with -> rewards
+    2. draw_outputs, reward_outputs    a rollout: questions -> outputs, with the log-probs they were
+                                       drawn with -> rewards, advantages
     3. step       one optimizer update on a minibatch of a rollout
     4. reinforce  the loop: rollout, the reference's log-probs, several steps, and again
 
+What is minimized: minus the weighted sum, over all tokens, of
+
+    min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL        rho = pi / pi_old
+
+pi is the token's probability under the policy now, pi_old what it was when the token was drawn: a
+number that was stored then.
+
 Why the loss is about 0 and teaches all the same: on the first update after a rollout the policy is
-the one that sampled (on-policy), so every ratio rho = pi / pi_old is 1, and the advantages of a
-group add up to 0. The gradient does not vanish: at rho = 1 that of rho is that of log pi, so each
-token is pushed by its own output's A. Watch the reward, not the loss.
+the one that sampled (on-policy), so every rho is 1, and the advantages of a group add up to 0 (as
+each output has the same weight; with other aggregations about so). Beta KL, a small number, is what
+is left. The gradient is not 0: at rho = 1 the gradient of rho is that of log pi, so each token is
+pushed up or down by its own output's A. Watch the reward, not the loss.
 
-What the clip does: one rollout feeds several updates (16 in the paper). Once a token's probability
-has moved by a factor of 1 +- eps the way its A asks, min picks the clipped constant, and the reward
-pushes it no further. A move the wrong way is never clipped: the reward still pushes it back.
+What the clip does: one rollout feeds several updates (16 in the paper), in which the policy moves
+away from the one that sampled. Where A > 0 and rho has passed 1 + eps, or A < 0 and rho is below
+1 - eps, the min is a constant: the reward pushes this token no further. One that moved the wrong
+way is still pushed back.
 
-What the reference is for: it is an older copy of the policy. beta KL pulls back towards it, so that
-chasing a rule does not unlearn what pretraining taught. Every so often (400 steps in the paper) it
-becomes the current policy: a brake, not a wall.
+What the reference is for: it is a second model, a copy of an earlier policy, at first of the one
+that RL began with (pi_old is no model, but stored numbers). KL says how far the policy is from it,
+and beta KL pulls back, so that chasing a rule does not unlearn what pretraining taught. Every so
+often (400 updates in the paper) it is replaced by a copy of the current policy: a brake, not a
+wall.
 
-Choices where the paper is silent or says two things:
+Choices where the paper is silent or says two things (shapes: P questions, G outputs of each, O
+outputs in all, N tokens):
 - R1 Eq. 1 prints one ratio per output, DeepSeekMath Eq. 3 one per token with 1/|o|. R1 remarks that
   clipping cuts the gradients of many *tokens*, so the default is per token; `ratio="sequence"`
   is the other.
@@ -83,7 +96,8 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """An unbiased, never negative estimate of KL(policy || reference) from the policy's samples:
-    "k3" (Schulman 2020). As a loss, on-policy, its gradient is that of KL(reference || policy)."""
+    "k3" (Schulman 2020). Its mean is that KL; its gradient, on-policy, is that of the KL the other
+    way round, KL(reference || policy)."""
     # R1 Eq. 2: pi_ref / pi - log(pi_ref / pi) - 1
     log_ratio = ref_logprobs - logprobs
     return log_ratio.exp() - log_ratio - 1
@@ -494,7 +508,7 @@ def reinforce(
 
     draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
     spool: the outputs are drawn by other programs (runtime/spool.py), from weights that may be
-    older; the ratio's pi_old is then theirs, as it always is.
+    older. pi_old is what the tokens were drawn with, whoever drew them.
     """
     device = policy.lm_head.weight.device
     state = first_state(policy, course, settings(0).beta > 0, seed)
@@ -536,7 +550,7 @@ def reinforce(
                 done += 1
                 for name in ("loss", "grad_norm"):
                     check_finite(stats[name], done, run.checkpoints(phase), name)
-                # What is left of this rollout keeps the former one's KL.
+                # This rollout's other minibatches keep the log-probs of the former reference.
                 if reference is not None and done % course.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = dict(batch.metrics, skipped=skipped) if minibatch == 0 else {}
