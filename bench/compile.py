@@ -2,6 +2,7 @@
 
     python -m bench.compile                       all kernels for sm_80, sm_89 and sm_90
     python -m bench.compile --arch 90 --only attention
+    python -m bench.compile --match "R1(?!.*fp32)"        the cases whose name has this in it
 
 Triton's compiler and ptxas need no GPU. The launchers run as they are, on tensors without memory
 ("meta"), under a driver that compiles, loads nothing and launches nothing. What comes out is what
@@ -290,12 +291,14 @@ def main() -> None:
                         help="compute capabilities to compile for")  # fmt: skip
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES),
                         help="files of kernels/ to compile")  # fmt: skip
+    parser.add_argument("--match", default="", help="a regular expression: cases whose name has it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--json", help="file to write the table to as well")
     args = parser.parse_args()
     tasks = [
         (file, number, arch)
-        for file in args.only for number in range(len(list(CASES[file]()))) for arch in args.arch
+        for file in args.only for number, (name, _) in enumerate(CASES[file]())
+        for arch in args.arch if re.search(args.match, name)
     ]  # fmt: skip
     print(f"torch {torch.__version__}, triton {triton.__version__}\n")
     header = ("case", "kernel", "arch", "warps", "registers", "spills", "shared", "wgmma")

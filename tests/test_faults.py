@@ -81,7 +81,7 @@ def weights(out: Path) -> bytes:
 
 
 @unix
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_any_moment_lose_little_and_change_nothing(flags, tmp_path, kills):
     """Every second one in the middle of a save."""
     context = multiprocessing.get_context("forkserver")  # which imports torch once

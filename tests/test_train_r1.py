@@ -842,6 +842,7 @@ def evaluated(out: Path) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow  # test_sharding.py and test_train_zero.py have it in small
 def test_two_processes_that_share_the_experts_out_are_as_one(tmp_path):
     zero, outs = tmp_path / "zero", (tmp_path / "one", tmp_path / "two")
     taught(zero / "base", 1, 40, **EXPERTS)
