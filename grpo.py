@@ -52,6 +52,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean as mean
 
 import torch
@@ -507,14 +508,14 @@ def reinforce(
     """R1 2.2.1 as a loop, from run's last checkpoint of this phase; False where Ctrl-C stopped it.
 
     draw(updates done) are the questions of a rollout, settings(updates done) what holds for it.
-    spool: the outputs are drawn by other programs (runtime/spool.py), from weights that may be
-    older. pi_old is what the tokens were drawn with, whoever drew them.
+    spool: other programs draw the outputs (runtime/spool.py), from weights that may be older.
     """
     device = policy.lm_head.weight.device
     state = first_state(policy, course, settings(0).beta > 0, seed)
     optimizer, reference = state["optimizer"], state.get("reference")
     done, lengths = run.resume(phase, state), Lengths()
     advice = Advice(course.steps, done)
+    sample = partial(draw_outputs, policy, tokenizer, reward=reward, seed=seed)
     with progress(course.steps, "GRPO", initial=done) as bar:
         while done < course.steps:
             now = settings(done)
@@ -523,10 +524,7 @@ def reinforce(
                 # Sample a group of outputs for each question from the old policy, and reward them.
                 with run.phase("rollout") as timer:
                     if spool is None:
-                        mine = asked.part(lengths.share(asked))
-                        batch = draw_outputs(
-                            policy, tokenizer, mine, now, reward, seed=seed, step=done
-                        )
+                        batch = sample(asked.part(lengths.share(asked)), now, step=done)
                     elif (batch := received(spool, policy, asked, done, run)) is None:
                         return run.goes_on(phase, done, state, every=1)  # Ctrl-C while waiting
                     written = parallel.all_sum(sum(len(output.tokens) for output in batch.outputs))
@@ -539,8 +537,8 @@ def reinforce(
                     with visiting(reference, device), run.phase("reference") as timer:
                         batch.ref_logprobs = reference_logprobs(reference, batch, now)
                         timer.tokens += written
-            groups = shown(batch, tokenizer, course.keep_groups)
-            run.keep_rollouts(groups, phase=phase, step=done + 1)
+            kept = shown(batch, tokenizer, course.keep_groups)
+            run.keep_rollouts(kept, phase=phase, step=done + 1)
             # Several updates, the later ones on outputs of a policy that has since moved on.
             for minibatch in range(min(course.minibatches, course.steps - done)):
                 set_rates([optimizer], min(1.0, (done + 1) / max(1, course.warmup)))

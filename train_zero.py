@@ -62,8 +62,8 @@ class Config(Machine):
     model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
     data: str = flag(
         "calc-chain",
-        "questions: calc-chain, bilingual-chain, countdown, a puzzle of data/puzzles.py (arithmetic,"
-        " knights-and-knaves, sorting, programs) or a JSONL file",
+        "questions: calc-chain, bilingual-chain, countdown, a puzzle of data/puzzles.py"
+        " (arithmetic, knights-and-knaves, sorting, programs) or a JSONL file",
     )
     test_data: str | None = flag(
         None, "JSONL file to evaluate on (default: held-out part of --data)"

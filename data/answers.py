@@ -95,7 +95,8 @@ PLAIN = [
 LATEX, PLAIN = [[(re.compile(a), b) for a, b in rules] for rules in (LATEX, PLAIN)]
 UNICODE = str.maketrans({
     "\N{MINUS SIGN}": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "√": "\\sqrt ", "²": "^2",
-    "³": "^3", "π": "\\pi ", "∞": "\\infty ", "±": "\\pm ", "∈": "\\in ", "∪": "\\cup ", "∅": "\\emptyset ",
+    "³": "^3", "π": "\\pi ", "∞": "\\infty ", "±": "\\pm ", "∈": "\\in ", "∪": "\\cup ",
+    "∅": "\\emptyset ",
 })  # fmt: skip
 EMPTY = re.compile(r"\\(?:frac|sqrt)\s*(?:\{[^{}]*\})?\s*\{\s*\}")
 OPENING, CLOSING = "([{⦃", ")]}⦄"

@@ -76,7 +76,9 @@ class Advice:
         if solved is not None and solved > 0.9:
             return begin + f"{solved:.0%} are right: take harder questions"
         if solved is not None and solved < 0.02:
-            return begin + (f"{solved:.1%} are right: RL reinforces what the base sometimes does;"
-                            " take easier questions, a larger --group-size or a better base")  # fmt: skip
+            return begin + (
+                f"{solved:.1%} are right: RL reinforces what the base sometimes does; take easier"
+                " questions, a larger --group-size or a better base"
+            )
         return begin + (f"The mean reward is {means['reward']:.3f}: see what is paid"
                         " (python rewards.py --audit RUN)")  # fmt: skip

@@ -94,7 +94,8 @@ def launch(
     The config's fields `threads`, `seed` and `device` are heeded where it has them. Exit codes: 2
     for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
     diverged loss, memory or a disk that is full, or the loss of another rank, each with one line
-    in place of a traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that failed speaks.
+    in place of a traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that
+    failed speaks.
     """
     try:
         _prepare(config)

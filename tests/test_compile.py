@@ -1,4 +1,4 @@
-"""Every kernel, compiled for GPUs that are not there: quickly for one and at the sizes of R1, and with
+"""Every kernel, compiled for GPUs that are not there: quickly for one and at the sizes of R1, with
 -m slow, which takes minutes, for three and at all sizes."""
 
 import json
