@@ -1,4 +1,5 @@
-"""Keep README's line numbers right: how long the files are, and where an equation's code begins.
+"""Keep README up to date: how long the files are, where an equation's code begins, the table of
+claims.
 
     python -m bench.readme             rewrite README.md where it is behind the code
     python -m bench.readme --check     only say whether it is
@@ -11,6 +12,9 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from bench.claims.__main__ import CLAIMS
+from bench.claims.claim import table
 
 ROOT = Path(__file__).parent.parent
 COUNT = re.compile(r"`(\w+\.py)` \((\d+)( lines)?\)")
@@ -28,7 +32,7 @@ def line_of(file: str, name: str) -> int:
 
 
 def refreshed(readme: str) -> str:
-    """The text with today's numbers."""
+    """The text with today's numbers and rows."""
 
     def count(match: re.Match) -> str:
         lines = len((ROOT / match[1]).read_text().splitlines())
@@ -40,6 +44,10 @@ def refreshed(readme: str) -> str:
         code = f"[{file}:{line}]({file}#L{line}) `{name}`"
         return f"| {equation} | {code} | `{test_file}` `{test}` |"
 
+    rows = table(CLAIMS, ROOT / "bench/results/claims")
+    rows = f"\n{rows}\n" if rows.count("\n") > 1 else ""
+    mark = "<!-- claims -->\n"
+    readme = re.sub(f"{mark}.*{mark}", lambda match: mark + rows + mark, readme, flags=re.DOTALL)
     return ROW.sub(row, COUNT.sub(count, readme))
 
 
@@ -55,7 +63,7 @@ def unexplained(metrics: Path) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="README's line numbers")
+    parser = argparse.ArgumentParser(description="README's line numbers and claims")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where behind")
     given = parser.parse_args()
     file = ROOT / "README.md"
