@@ -20,7 +20,8 @@ class Chromium:
         theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (reads, writes)]
         command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--mute-audio",
                    "--no-first-run", "--disable-background-networking", "--disable-extensions",
-                   f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]  # fmt: skip
+                   f"--user-data-dir={profile}", "--remote-debugging-pipe",
+                   "about:blank"]  # fmt: skip
         # It reads 3 and writes 4. Not sh, which may know files of one digit only.
         shell = ["bash", "-c", 'exec "${@:3}" 3<&"$1" 4>&"$2"', "bash", *map(str, theirs), *command]
         self._process = subprocess.Popen(

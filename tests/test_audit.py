@@ -39,7 +39,8 @@ def write(path, rows):
 def test_a_file_is_scored_and_what_earns_nothing_is_shown(ask, tmp_path):
     rows = [{"response": RIGHT, "gold": "3"}, {"response": WRONG, "gold": "3"},
             {"response": "<think> 3", "gold": "3"},
-            {"response": "\\boxed{8*3}", "gold": "24 from 3 8", "checker": "countdown"}]  # fmt: skip
+            {"response": "\\boxed{8*3}", "gold": "24 from 3 8",
+             "checker": "countdown"}]  # fmt: skip
     said = ask("--check", write(tmp_path / "r.jsonl", rows))
     assert "2 of 4 right (50.0%), 1 without an answer" in said
     assert (

@@ -341,3 +341,10 @@ def test_no_text_takes_long(piece):
     start = time.process_time()
     assert 0 <= language_share(text, "en") <= 1
     assert time.process_time() - start < 1
+
+
+def test_a_tie_between_two_languages_is_for_neither():
+    """One listed word of each: the two that no list has go with neither language."""
+    text = "because weil Haus Baum"
+    assert language_share(text, "en") == language_share(text, "de") == 1 / 4
+    assert language_share("because because weil Haus Baum", "en") == 4 / 5
