@@ -54,10 +54,9 @@ from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.plot import draw_distillation
 from runtime.pretrained import save_pretrained
-from runtime.report import write_report
 from runtime.run import Run, UserError, flag, launch, parse, pick_device
 from runtime.sharding import check_grid, shard
-from sample import evaluate, measure, open_model, table
+from sample import evaluate, measure, open_model, table, write_page
 
 # R1, the table of the distilled models: the base of each student, and its highest learning rate.
 STUDENTS = {
@@ -258,7 +257,7 @@ def main(config: Config) -> None:
             model = student(lab)  # both start from the same weights
             done = distill(model, rows, lab) if name == "distilled" else reinforce(model, lab)
             if not done:
-                return page(lab.run)
+                return write_page(lab.run.out)
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         lab.assess(name, opened(directory, config, config.dtype)[0])
     report(lab)
@@ -462,11 +461,7 @@ def report(lab: Lab) -> None:
     if "rl" in results:
         print(compare(lab.spent, lab.curves))
     draw_distillation(lab.run.out)
-    page(lab.run)
-
-
-def page(run: Run) -> None:
-    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
+    write_page(lab.run.out)
 
 
 def compare(spent: dict[str, float], curves: dict[str, list[dict]], rows: int = 10) -> str:

@@ -45,6 +45,7 @@ from runtime import parallel
 from runtime.pages import Pages
 from runtime.pretrained import find_model, load_pretrained
 from runtime.record import Captured, Recorded, Step
+from runtime.report import write_report
 from runtime.run import Run, UserError, flag, launch, parse, pick_device, progress, usable_dtype
 from runtime.sharding import gathered, repeatable, shard
 from runtime.tensor_parallel import agreed, asked_together
@@ -550,6 +551,11 @@ def judge_group(
         "pass": max(row["accuracy"] for row in rows),
         **means,
     }
+
+
+def write_page(out: Path) -> Path | None:
+    """The run in `out` as a page, report.html; what is right is as the rules of today say."""
+    return write_report(out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
 
 
 def summarize(groups: list[dict], samples: int, skipped: int = 0) -> dict:

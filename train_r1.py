@@ -54,11 +54,10 @@ from runtime import parallel
 from runtime.configs import read_config
 from runtime.flags import Machine
 from runtime.pretrained import save_pretrained
-from runtime.report import write_report
 from runtime.run import Run, UserError, flag, launch, parse, run_command
 from runtime.sharding import check_grid, in_step
 from runtime.workers import Workers, closing, with_workers
-from sample import generate, measure, open_model, spell
+from sample import generate, measure, open_model, spell, write_page
 
 STAGES = ("dev1", "dev2", "dev3", "r1")
 REWARD_MODELS = ("helpful", "harmless")
@@ -199,7 +198,7 @@ def main(config: Config) -> None:
         if not parallel.from_main(directory.is_dir()):
             model = stages[name](lab)
             if model is None:
-                return page(run)
+                return write_page(run.out)
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         results[name] = assess(name, lab)
     report(results, run, config.eval_samples)
@@ -672,11 +671,7 @@ def report(results: dict[str, dict], run: Run, k: int) -> None:
         print(f"{measure_name:<12}{shown}")
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")
-    page(run)
-
-
-def page(run: Run) -> None:
-    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
+    write_page(run.out)
 
 
 def tendencies(results: dict[str, dict]) -> Iterator[tuple[str, bool]]:

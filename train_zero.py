@@ -47,14 +47,13 @@ from runtime import memory, parallel
 from runtime.flags import Machine
 from runtime.plot import draw_curve
 from runtime.pretrained import save_pretrained
-from runtime.report import write_report
 from runtime.run import (
     Run, UserError, flag, launch, parse, pick_device, spare_devices,
 )  # fmt: skip
 from runtime.sharding import check_grid, shard
 from runtime.spool import Plan, Spool, Worker
 from runtime.workers import closing, with_workers
-from sample import fitting_prompts, measure, open_model, table
+from sample import fitting_prompts, measure, open_model, table, write_page
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ def main(config: Config) -> None:
         shard(model, config.ep, pick_device(config.device))
     base = assess(model, tokenizer, held_out, config, run, "base")
     if not reinforce(model, tokenizer, source, config, run):
-        return page(run)
+        return write_page(run.out)
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
     zero = assess(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
@@ -430,11 +429,7 @@ def report(base: dict, zero: dict, run: Run) -> None:
     print(table({"base": base, "zero": zero}))
     print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
     draw_curve(run.out)
-    page(run)
-
-
-def page(run: Run) -> None:
-    write_report(run.out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
+    write_page(run.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 import rewards
 from data.problems import DataError
 from runtime.flags import UserError
-from runtime.report import write_report
+from sample import write_page
 
 TAIL = 240  # characters of a response, its end, that --check shows
 
@@ -84,7 +84,7 @@ def rows(path: Path, *names: str) -> Iterator[tuple[str, dict]]:
 def report(run: Path) -> None:
     if not (run / "metrics.jsonl").exists():
         raise DataError(f"{run}: no metrics.jsonl there; expected the directory of a run (--out)")
-    print(write_report(run, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH))
+    print(write_page(run))
 
 
 # ---- a file of responses -----------------------------------------------------------------------
