@@ -11,29 +11,32 @@ where A > 0 they become likelier, where A < 0 less likely.
     3. step       one optimizer update on a minibatch of a rollout
     4. reinforce  the loop: rollout, the reference's log-probs, several steps, and again
 
-What is minimized: minus the weighted sum, over all tokens, of
+The loss is minus the mean over outputs of the mean over their tokens of
 
     min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL        rho = pi / pi_old
 
 pi is the token's probability under the policy now, pi_old what it was when the token was drawn: a
 number that was stored then.
 
-Why the loss is about 0 and teaches all the same: on the first update after a rollout the policy is
-the one that sampled (on-policy), so every rho is 1, and the advantages of a group add up to 0 (as
-each output has the same weight; with other aggregations about so). Beta KL, a small number, is what
-is left. The gradient is not 0: at rho = 1 the gradient of rho is that of log pi, so each token is
-pushed up or down by its own output's A. Watch the reward, not the loss.
+What the reference is for: KL says how far the policy is from the reference, a second model: a copy
+of an earlier policy, at first of the one that RL began with. beta KL pulls back, so that chasing
+the reward does not unlearn what pretraining taught. Every so often (400 updates in the paper) the
+current policy takes the reference's place, so that RL can go on from there: drift is slowed, not
+bounded.
 
-What the clip does: one rollout feeds several updates (16 in the paper), in which the policy moves
-away from the one that sampled. Where A > 0 and rho has passed 1 + eps, or A < 0 and rho is below
-1 - eps, the min is a constant: the reward pushes this token no further. One that moved the wrong
-way is still pushed back.
+Why a loss of about 0 teaches: on the first update after a rollout the policy is the one that
+sampled (on-policy), so every rho is 1, and a group's advantages add up to 0 (an output counts the
+same, long or short). Only beta KL is left, a small number. The gradient is not 0: at rho = 1 the
+gradient of rho is that of log pi, so each token is pushed up or down by its own output's A. It is
+cross-entropy with a weight for each output: the weights add up to 0, the gradients don't. On later
+updates the policy has moved the way it was pushed, and the loss is slightly below 0. Watch the
+reward, not the loss.
 
-What the reference is for: it is a second model, a copy of an earlier policy, at first of the one
-that RL began with (pi_old is no model, but stored numbers). KL says how far the policy is from it,
-and beta KL pulls back, so that chasing a rule does not unlearn what pretraining taught. Every so
-often (400 updates in the paper) it is replaced by a copy of the current policy: a brake, not a
-wall.
+What the clip does: a rollout is cut into minibatches (16 in the paper), one for each update, and
+the later ones meet a policy that the earlier ones have moved. A token with A > 0 whose rho is
+already above 1 + eps, or one with A < 0 whose rho is already below 1 - eps, has gone far enough:
+the min is a constant there, and the reward pushes it no further. A token that has moved against its
+A is still pushed back.
 
 Choices where the paper is silent or says two things (shapes: P questions, G outputs of each, O
 outputs in all, N tokens):
@@ -41,7 +44,8 @@ outputs in all, N tokens):
   clipping cuts the gradients of many *tokens*, so the default is per token; `ratio="sequence"`
   is the other.
 - With ratio="sequence", the KL stays a mean over tokens.
-- std is the population's (ddof 0). Where a group agrees, its advantages are 0, not NaN.
+- std is the population's (ddof 0). Where a group's rewards are equal, its advantages are 0, not
+  NaN.
 - What an output that was cut off is worth is up to the reward; train_zero.py gives it 0, for it has
   not answered. (DAPO leaves it out of the loss: mask_truncated.)
 
@@ -79,7 +83,7 @@ Reward = Callable[[list[Problem], list[str], list[bool]], list[float]]
 
 
 def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
-    """How much better than its group each output was, PG.
+    """How much better than its group each output was, shape PG.
 
     normalize_std=False: Dr. GRPO (2503.20783), which finds that dividing by std favours questions
     that are almost always, or almost never, solved.
@@ -96,8 +100,8 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """An unbiased, never negative estimate of KL(policy || reference) from the policy's samples:
-    "k3" (Schulman 2020). Its mean is that KL; its gradient, on-policy, is that of the KL the other
+    """A never negative estimate of KL(policy || reference) from the policy's samples, shape N: "k3"
+    (Schulman 2020). Its mean is that KL; its mean gradient, on-policy, is that of the KL the other
     way round, KL(reference || policy)."""
     # R1 Eq. 2: pi_ref / pi - log(pi_ref / pi) - 1
     log_ratio = ref_logprobs - logprobs
@@ -107,8 +111,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def token_weights(
     lengths_O: Tensor, aggregation: str, *, outputs: int, tokens: int, longest: int
 ) -> Tensor:
-    """What each token of an output counts in the loss, O. `outputs` and `tokens` count the whole
-    batch, of which these outputs may be a part: the weights must not depend on how it is cut."""
+    """What each token of an output counts in the loss, shape O. `outputs` and `tokens` count the
+    whole batch, of which these outputs may be a part: the weights must not depend on how it is cut.
+    """
     if aggregation == "output":  # DeepSeekMath Eq. 3: 1/G sum_i 1/|o_i| sum_t
         return 1 / (outputs * lengths_O)
     if aggregation == "token":  # DAPO (2503.14476) Eq. 8: 1 / sum_i |o_i|
@@ -119,7 +124,7 @@ def token_weights(
 
 
 def importance_ratio(logprobs_N: Tensor, old_N: Tensor, output_N: Tensor, level: str) -> Tensor:
-    """rho = pi / pi_old, N: each token's own, or (R1 Eq. 1 as printed) its whole output's."""
+    """rho = pi / pi_old, shape N: each token's own, or (R1 Eq. 1 as printed) its whole output's."""
     log_ratio_N = logprobs_N - old_N
     if level == "sequence":
         sums_O = log_ratio_N.new_zeros(int(output_N.max()) + 1).index_add(0, output_N, log_ratio_N)
