@@ -313,7 +313,10 @@ def test_a_claim_leaves_a_row_its_metrics_and_a_figure_and_the_table_is_made_of_
     assert list(row) == list(claims.ROW) and row["seeds"] == [0, 1, 2]
     assert row["verdict"] == "shown" and row["figures"]["after RL"] == [0.9] * 3
     assert row["command"] == "python -m bench.claims accuracy"
-    assert row["runs"]["zero-1"].startswith("python train_zero.py --seed 1 --threads 1 --out ")
+    made_by = row["runs"]["zero-1"]
+    assert made_by["command"].startswith("python train_zero.py --seed 1 --threads 1 --out ")
+    assert all(made_by[key] for key in ("commit", "machine", "versions", "date"))
+    assert row["machine"] == made_by["machine"] and made_by["seconds"] == 0
     again = [
         Measured.read(each) for each in json.loads((place / "metrics.json").read_text()).values()
     ]
@@ -341,6 +344,11 @@ def test_committed_rows_have_all_fields_and_the_verdict_that_their_metrics_give(
         assert list(row) == list(claims.ROW), file
         assert row["rule"] == NAMES[row["name"]].rule, f"{file}: the rule was changed after the run"
         assert row["seeds"] == [0, 1, 2] and row["verdict"] in claims.VERDICTS
+        assert row["note"] == NAMES[row["name"]].note, f"{file}: measure it again"
+        for run in row["runs"].values():
+            assert "not recorded" not in (run["commit"], run["machine"], run["versions"]), file
+        if row["verdict"] != claims.VERDICTS[0]:
+            assert row["note"], f"{file}: {row['verdict']}, and why?"
         saved = json.loads((file.parent / "metrics.json").read_text())
         seeds = [Measured.read(saved[str(seed)]).effects for seed in row["seeds"]]
         assert decide(seeds) == (row["verdict"], row["reason"]), file
@@ -397,9 +405,11 @@ def test_another_benchs_run_is_taken_from_runs_before_the_committed_one(tmp_path
     lab = Lab(tmp_path, tmp_path / "results", (0,))
     committed = lab.made("r1-0", "r1/r1-0", "python -m bench.r1")
     assert committed.out == Path("bench/results/r1/r1-0")
-    assert committed.made_by().startswith("python -m bench.r1, read from bench/results/r1/r1-0")
+    assert committed.made_by() == "python -m bench.r1; read from bench/results/r1/r1-0"
+    assert "EPYC" in committed.made_where()["machine"]
     result_alone(tmp_path / "r1-0", {})
-    assert lab.made("r1-0", "r1/r1-0", "python -m bench.r1").out == tmp_path / "r1-0"
+    own = lab.made("r1-0", "r1/r1-0", "python -m bench.r1")
+    assert own.out == tmp_path / "r1-0" and own.made_where()["machine"] == "not recorded"
 
 
 def test_ctrl_c_tells_the_runs_to_save_and_end(tmp_path):
@@ -500,6 +510,7 @@ def test_of_two_right_outputs_the_longer_one_earns_less_with_the_kl_in_the_rewar
     assert batch.rewards_PG.tolist()[0] == pytest.approx([2 - 0.15, 2 - 0.3])
     assert batch.advantages_PG.tolist()[0] == pytest.approx([1.0, -1.0])  # in the loss: both 0
     assert batch.metrics["charged"] == pytest.approx(0.225)
+    assert batch.metrics["groups_without_signal"] == 0  # whose outcomes agree
 
 
 def test_where_the_policy_is_the_reference_nothing_is_charged():
@@ -604,6 +615,13 @@ def test_the_clip_of_ppo_is_grpos():
 def test_wrong_settings_of_the_programs_are_refused():
     with pytest.raises(UserError, match="--lam 1.5: from 0 to 1"):
         ppo.Config(lam=1.5)
+    for given in (dict(aggregation="token"), dict(mask_truncated=True), dict(async_rollouts=2)):
+        name = next(iter(given)).replace("_", "-")
+        with pytest.raises(UserError, match=f"--{name} does nothing here: leave it out"):
+            ppo.Config(**given)
+    assert kl_reward.Config(aggregation="token").aggregation == "token"
+    with pytest.raises(UserError, match="--offload does nothing here"):
+        kl_reward.Config(offload=True)
     with pytest.raises(UserError, match="--beta 0.0: more than 0"):
         kl_reward.Config(beta=0.0)
     with pytest.raises(UserError, match="--samples 12: a power of 2"):

@@ -31,9 +31,23 @@ def test_an_equation_whose_code_is_gone_is_named():
     assert "grpo.py:1]" not in readme.refreshed(row.replace("no_such", "grpo_loss"))
 
 
-def test_every_file_that_readme_links_to_is_there():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+FOLDERS = ("bench", "data", "kernels", "runtime", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for f in FOLDERS for page in (ROOT / f).rglob("*.md"))])
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target, heading in re.findall(r"\]\(([^)#:]*)#?([^):]*)\)", page.read_text()):
+        there = (page.parent / target) if target else page
+        assert there.exists(), target
+        if heading and there.suffix == ".md":
+            assert heading in anchors(there), f"{target}#{heading}"
 
 
 def test_no_place_is_left_to_be_filled():
@@ -48,4 +62,4 @@ def test_the_first_code_block_has_two_commands():
 
 def test_the_table_of_hardware_is_what_the_planner_prints():
     table = overview(Config(recompute=True)).split("\n\n")[0]
-    assert table in README
+    assert table in (ROOT / "runtime/README.md").read_text()

@@ -12,12 +12,9 @@ about is in claim.py.
 """
 
 import argparse
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 from bench.claims import credit, growth, objective, stages
@@ -65,28 +62,6 @@ def chosen(names: Sequence[str]) -> list[Claim]:
     return CLAIMS if "all" in names else [known[name] for name in dict.fromkeys(names)]
 
 
-def surroundings(command: str) -> dict:
-    """What a row says of where it was made."""
-    import torch
-
-    said = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True)
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True
-    )
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-        cpu = names[0] if names else cpu
-    return dict(
-        command=command,
-        machine=f"{cpu}, one thread a run",
-        versions=f"torch {torch.__version__}, Python {platform.python_version()}",
-        commit=said.stdout.strip() + "+" * bool(changed.stdout.strip()),  # +: with changes
-        date=date.today().isoformat(),
-    )
-
-
 def reproduce(claims: Sequence[Claim], lab: Lab, at_once: int, start=None) -> list[str]:
     """Run what is missing and keep the rows; what failed."""
     jobs, failed = [], []
@@ -105,9 +80,8 @@ def reproduce(claims: Sequence[Claim], lab: Lab, at_once: int, start=None) -> li
     failed += run_all(jobs, at_once, **({"start": start} if start else {}))
     for claim in claims:
         if all(job.done for job in jobs_of(claim, lab)):
-            about = surroundings(f"python -m bench.claims {claim.name}")
             try:
-                row = keep(claim, lab, about)
+                row = keep(claim, lab)
             except FileNotFoundError as error:  # runs of an older version
                 print(f"{claim.name}: no {error.filename}; delete that run, and it is made again")
                 failed.append(claim.name)

@@ -12,7 +12,7 @@ from bench.claims.claim import (
     together,
 )  # fmt: skip
 from bench.claims.jobs import Job, Lab
-from bench.claims.objective import accuracies, ends
+from bench.claims.objective import accuracies, passes
 
 Outs = Mapping[str, Path]
 
@@ -86,7 +86,7 @@ def bias(outs: Outs) -> Measured:
     dr = "neither (Dr. GRPO)"
     figures = {f"tokens of wrong outputs, {name}": mean(lengths[name] or [0])
                for name in ("GRPO", "no 1/|o|", dr)}  # fmt: skip
-    figures |= {f"pass@1, {name}": value for name, value in ends(outs).items()}
+    figures |= passes(outs)
     effects = [change("wrong outputs, GRPO longer than without 1/|o|",
                       lengths["no 1/|o|"], lengths["GRPO"])]  # fmt: skip
     one, other = (result(outs[name])["zero"] for name in (dr, "GRPO"))
@@ -119,7 +119,7 @@ def weighting(outs: Outs) -> Measured:
     rows = {name: rollouts(out) for name, out in outs.items()}
     figures = {f"{name}, mean accuracy": mean(row["accuracy"] for row in each)
                for name, each in rows.items()}  # fmt: skip
-    figures |= {f"{name}, pass@1": value for name, value in ends(outs).items()}
+    figures |= passes(outs)
     effects = [learns_more("mean accuracy, token above output", rows["token"], rows["output"])]
     curves = {f"{key} by update": accuracies(outs, key) for key in ("accuracy", "tokens")}
     return Measured(figures, effects, curves)

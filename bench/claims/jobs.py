@@ -1,20 +1,24 @@
 """The runs that claims are made of: commands that leave result.json in a directory of their own.
 
 What is there is not run again, and what was stopped goes on where it was, by the same command.
+made.json beside a result says where it was made: commit, machine, versions, date, seconds.
 """
 
 import json
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from runtime.flags import UserError
 from runtime.run import end_with_parent
 
+MADE = ("commit", "machine", "versions", "date", "seconds")
 EVALUATION = ("--eval-samples", "8")  # of an arm; the default run has 16
 # A smoke test's: it proves that the code runs, and measures nothing.
 SHORT = {
@@ -45,12 +49,16 @@ class Job:
         return (self.out / "result.json").exists()
 
     def made_by(self) -> str:
-        """The command, for the row; of what is only read and committed, with its commit."""
+        """The command, for the row."""
         if self.command:
             return " ".join(["python", *(part for part in self.command if part != "--resume")])
-        log = ["git", "log", "-1", "--format=%h", "--", str(self.out)]
-        commit = subprocess.run(log, capture_output=True, text=True).stdout.strip()
-        return f"{self.bench}, read from {self.out}" + f" of commit {commit}" * bool(commit)
+        return f"{self.bench}; read from {self.out}"
+
+    def made_where(self) -> dict:
+        """Of made.json; "not recorded" where there is none."""
+        file = self.out / "made.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        return {key: known.get(key, "not recorded") for key in MADE}
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,26 @@ def minutes(jobs: Sequence[Job], at_once: int) -> float:
     return max(total / at_once, longest) / 60
 
 
+def here() -> dict:
+    """Commit (+: with changes), machine and versions of what is run now."""
+    import torch
+
+    said = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True)
+    status = ["git", "status", "--porcelain", "-uno"]
+    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+        cpu = names[0] if names else cpu
+    return dict(
+        commit=said.stdout.strip() + "+" * bool(changed),
+        machine=f"{cpu}, one thread a run",
+        versions=f"torch {torch.__version__}, Python {platform.python_version()}",
+        date=date.today().isoformat(),
+    )
+
+
 def start(job: Job) -> subprocess.Popen:
     """In a session of its own, so that Ctrl-C reaches it once, through us."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +182,7 @@ def run_all(
     On Ctrl-C or SIGTERM the runs are told to save and end, and KeyboardInterrupt goes on.
     """
     waiting, running, failed = missing(jobs), {}, []
-    total, told = len(waiting), time.monotonic()
+    total, told, about = len(waiting), time.monotonic(), here()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
@@ -170,8 +198,12 @@ def run_all(
                 if child.poll() is None:
                     continue
                 del running[name]
-                if not ended_well(job, child.returncode, time.monotonic() - since):
+                seconds = time.monotonic() - since
+                if not ended_well(job, child.returncode, seconds):
                     failed.append(name)
+                    continue
+                made = {**about, "seconds": round(seconds)}
+                (job.out / "made.json").write_text(json.dumps(made) + "\n")
             if time.monotonic() - told > tell:
                 told = time.monotonic()
                 print("  ".join(where(job) for job, _, _ in running.values()), flush=True)

@@ -14,7 +14,7 @@ import torch
 import grpo
 import train_zero
 from bench.claims.ppo import token_rewards
-from bench.claims.rl import reinforce, run_between_evaluations
+from bench.claims.rl import refuse, reinforce, run_between_evaluations
 from data.problems import Generated, Listed
 from data.tokenizer import Tokenizer
 from model import Transformer
@@ -30,6 +30,7 @@ class Config(train_zero.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse(self)
         if self.beta <= 0:
             raise UserError(f"--beta {self.beta}: more than 0; without a KL, python train_zero.py")
 
@@ -45,8 +46,10 @@ def charge(batch: grpo.Rollout, beta: float, normalize_std: bool = True) -> None
     ]
     batch.rewards_PG = torch.stack([each.sum() for each in earned]).view_as(outcomes_PG)
     batch.advantages_PG = grpo.group_advantages(batch.rewards_PG, normalize_std)
-    # Of the sum that a whole output is charged, where kl in metrics.jsonl is a token's.
+    # Of a whole output. `kl` stays 0 in metrics.jsonl: the loss has none.
     batch.metrics["charged"] = float((outcomes_PG - batch.rewards_PG).mean())
+    agreed_P = (batch.advantages_PG == 0).all(1)
+    batch.metrics["groups_without_signal"] = float(agreed_P.double().mean())
 
 
 def learn(

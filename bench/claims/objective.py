@@ -23,6 +23,10 @@ def ends(outs: Outs) -> dict[str, float]:
     return {name: result(out)["zero"]["pass@1"] for name, out in outs.items()}
 
 
+def passes(outs: Outs) -> dict[str, float]:
+    return {f"pass@1, {name}": value for name, value in ends(outs).items()}
+
+
 def accuracies(outs: Outs, key: str = "accuracy") -> dict:
     return {name: curve(rollouts(out), key) for name, out in outs.items()}
 
@@ -49,7 +53,7 @@ def cap(outs: Outs) -> Measured:
         for key in ("accuracy", "tokens")
     ]
     curves = {f"{key} by update": accuracies(outs, key) for key in ("accuracy", "tokens")}
-    return Measured(ends(outs), effects, curves)
+    return Measured(passes(outs), effects, curves)
 
 
 CAP = Claim(
@@ -57,6 +61,9 @@ CAP = Claim(
     paper="from 32,768 to 65,536 tokens at step 8,200, where both jump",
     rule="from 20 updates after the cap is raised, accuracy and tokens of the rollouts are above"
     " those of the run whose cap is kept, each by 3 standard errors",
+    note="Two seeds end at .92 and .95 with the cap raised, one of them late; the third had learned"
+    " to give up what does not fit, and never uses the room. The two arms are evaluated at their"
+    " own caps.",
     runs=caps, measure=cap,
 )  # fmt: skip
 
@@ -80,7 +87,7 @@ def reference(outs: Outs) -> Measured:
         passes_more("pass@1 at the end", both["refreshed"], both["frozen"]),
     ]
     curves = {f"{key} by update": accuracies(outs, key) for key in ("accuracy", "kl")}
-    return Measured(ends(outs), effects, curves)
+    return Measured(passes(outs), effects, curves)
 
 
 REFERENCE = Claim(
@@ -88,7 +95,8 @@ REFERENCE = Claim(
     paper="the policy becomes the reference every 400 steps",
     rule="with beta 0.04, the run that refreshes it every 40 updates has a higher mean accuracy and"
     " a higher pass@1 than the one that keeps the base, beyond what two equal runs differ by",
-    note="The paper prints no run with a frozen one.",
+    note="The paper prints no run with a frozen one. pass@1 is 4 to 5 points higher on all seeds;"
+    " mean accuracy, by 2 to 3, is within the 4 that two equal runs differ by.",
     runs=references, measure=reference,
 )  # fmt: skip
 
@@ -121,6 +129,10 @@ KL = Claim(
     paper="a reason to take the KL into the loss; no figure",
     rule="at the same beta (0.04) and with the base for a reference, outputs of the last 20"
     " rollouts are longer with the KL in the loss, by 3 standard errors and 0.5 tokens",
+    note="If anything the opposite: paired by update they are .4 to .6 tokens longer with the KL in"
+    " the reward, which is also more accurate. But the same beta is not the same strength: what an"
+    " output is charged goes through its group's std, and is all that counts in a group whose"
+    " answers are equally good. The paper speaks of PPO, which charges token by token.",
     runs=kl_places, measure=kl_place,
 )  # fmt: skip
 
@@ -143,7 +155,7 @@ def clip(outs: Outs) -> Measured:
     cut = [row["clip_fraction"] for row in updates if row["phase"] == "rl"]
     figures = {f"{name}, mean accuracy": mean(row["accuracy"] for row in each)
                for name, each in rows.items()}  # fmt: skip
-    figures |= {f"{name}, pass@1": value for name, value in ends(outs).items()}
+    figures |= passes(outs)
     figures |= {"share of tokens cut at 0.2": mean(cut)}
     effects = [
         learns_more("mean accuracy, eps 10 above 0.2", rows["eps 10"], rows["eps 0.2"]),

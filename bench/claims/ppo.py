@@ -27,7 +27,7 @@ from torch import Tensor
 
 import grpo
 import train_zero
-from bench.claims.rl import reinforce, run_between_evaluations
+from bench.claims.rl import refuse, reinforce, run_between_evaluations
 from data.problems import Generated, Listed
 from data.tokenizer import Tokenizer
 from model import Transformer
@@ -48,6 +48,7 @@ class Config(train_zero.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse(self, "aggregation", "ratio", "normalize_std", "mask_truncated")
         if not 0 <= self.lam <= 1:
             raise UserError(f"--lam {self.lam}: from 0 to 1")
 
@@ -160,7 +161,7 @@ def step(
         update(model, [optimizer], settings.max_grad_norm)
         for model, optimizer in zip((policy, critic), optimizers)
     ]
-    return dict(**sums, grad_norm=norms[0], tokens_trained=total)
+    return dict(**sums, grad_norm=norms[0], critic_grad_norm=norms[1], tokens_trained=total)
 
 
 def learn(

@@ -3,6 +3,7 @@ is learned from, and what an update is. For what only a claim needs: ppo.py, kl_
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,9 +13,20 @@ import train_zero
 from data.problems import Generated, Listed
 from data.tokenizer import Tokenizer
 from model import Transformer
-from runtime.run import Run, check_finite, progress
+from runtime.run import Run, UserError, check_finite, progress
 from runtime.workers import closing
 from sample import open_model
+
+
+# What train_zero.py does and this loop does not.
+ABSENT = ("async_rollouts", "join", "ep", "tp", "offload", "optimizer", "dry_run")
+
+
+def refuse(config: train_zero.Config, *names: str) -> None:
+    """Raises UserError where a flag is given that would change nothing."""
+    for each in fields(config):
+        if each.name in (*ABSENT, *names) and getattr(config, each.name) != each.default:
+            raise UserError(f"--{each.name.replace('_', '-')} does nothing here: leave it out")
 
 
 def reinforce(
@@ -44,12 +56,15 @@ def reinforce(
                 with run.phase("reference"):
                     batch.ref_logprobs = grpo.reference_logprobs(reference, batch, now)
             prepared = prepare(batch, now)
+            kept = grpo.shown(batch, tokenizer, config.keep_groups)
+            run.keep_rollouts(kept, phase="rl", step=done + 1)
             for minibatch in range(min(config.minibatches, config.steps - done)):
                 share = min(1.0, (done + 1) / max(1, config.warmup))
                 with run.phase("update"):
                     stats = update(batch, prepared, now, minibatch, share)
                 done += 1
-                check_finite(stats["loss"], done, run.checkpoints("rl"), "loss")
+                for name in ("loss", "grad_norm", "critic_grad_norm"):
+                    check_finite(stats.get(name, 0.0), done, run.checkpoints("rl"), name)
                 if reference is not None and done % config.refresh == 0:
                     reference.load_state_dict(policy.state_dict())
                 sampled = batch.metrics if minibatch == 0 else {}

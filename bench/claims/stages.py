@@ -44,12 +44,12 @@ def stages(outs: Outs) -> Measured:
     found = result(outs["r1"])
     figures = {f"pass@1 {stage}": found[stage]["pass@1"] for stage in STAGES}
     figures |= {f"helpful {stage}": found[stage]["helpful"] for stage in ("zero", "dev3", "r1")}
-    close = found["r1"]["pass@1"] - found["zero"]["pass@1"] + 0.03
+    near = more(found, "pass@1", "r1", "zero")
     effects = [
         more(found, "pass@1", "zero", "dev1"),
         more(found, "language", "dev1", "zero"),
         more(found, "pass@1", "dev2", "dev1"),
-        Effect("pass@1 of r1 within 3 points of zero or above", close, 0.0),
+        Effect("pass@1 of r1 within 3 points of zero or above", near.value + 0.03, near.noise),
         *(more(found, key, "dev3", "zero") for key in ("instruction", "helpful")),
         *(more(found, key, "r1", "dev3") for key in ("instruction", "helpful")),
     ]
@@ -65,6 +65,9 @@ TABLE = Claim(
     rule="Dev1 less accurate and more in one language than Zero, Dev2 more accurate than Dev1, R1"
     " as accurate as Zero within 3 points, Dev3 above Zero and R1 above Dev3 in following"
     " instructions and in helpfulness, each beyond 95 % intervals",
+    note="All but two: R1 follows instructions no better than Dev3 (its reward model likes courtesy"
+    " better than a list of the right length), and seed 2's Dev1 keeps to one language within noise"
+    " of Zero.",
     runs=of_r1, measure=stages,
 )  # fmt: skip
 
@@ -93,6 +96,8 @@ LANGUAGE = Claim(
     name="language", states="The language reward keeps the reasoning in one language",
     paper="consistency holds with it and decays without; mathematics equal, code slightly lower",
     rule="after Dev2's RL, language consistency is higher with the reward, beyond 95 % intervals",
+    note="Without it two seeds fall to .48; the third, whose cold start had reached .97, stays"
+    " there.",
     runs=with_and_without, measure=language,
 )  # fmt: skip
 
@@ -119,6 +124,8 @@ DISTILLATION = Claim(
     paper="Qwen2.5-32B on AIME: 72.6 % distilled, 47.0 % by RL",
     rule="at the same cost pass@1 of the distilled student is higher, beyond what two equal runs"
     " differ by",
+    note="At the same cost, of 19 to 25 CPU-seconds. Given more, RL gets there too (.96 after 54 s"
+    " on a tuning seed); the paper's, with over 10,000 updates, does not.",
     runs=students, measure=distillation,
 )  # fmt: skip
 
