@@ -112,6 +112,8 @@ class Config(Machine):
     eps: float = flag(0.2, "clip range of the ratio")
     beta: float = flag(0.0, "weight of the KL to the reference; 0 saves its forward pass")
     refresh: int = flag(40, "updates after which the policy becomes the reference")
+    # Departs from R1 2.2.2, student: accuracy alone; so small a base may else learn to guess in the
+    # right format (LOG.md).
     format_weight: float = flag(0.0, "weight of the format reward beside the accuracy's 1")
     # Evaluation.
     max_new_tokens: int = flag(112, "longest output")
@@ -354,6 +356,7 @@ def dataset(lab: Lab) -> list[dict] | None:
     def verdicts(*outputs: list) -> list[str]:
         return [sft.verdict(*output, None, readable) for output in zip(*outputs)]
 
+    # Departs from R1 2.4, data: only what a rule checks; a quarter of the paper's is general.
     questions = config.samples // config.per_question
     while lab.asked < questions:
         until = min(lab.asked + CHUNK, questions)
@@ -391,6 +394,7 @@ def examples(rows: list[dict], lab: Lab) -> list[sft.Example]:
 
 def distill(model: Transformer, rows: list[dict], lab: Lab) -> bool:
     """R1 2.4: SFT on the teacher's outputs, and no RL after it. False where stopped."""
+    # R1 2.4, sft: on the teacher's outputs, and no RL after it
     config, texts = lab.config, examples(rows, lab)
     steps = config.epochs * -(-len(texts) // config.batch)
     every = -(-steps // config.points)
@@ -411,6 +415,7 @@ def reinforce(policy: Transformer, lab: Lab) -> bool:
     """R1-Zero's RL (R1 2.2) on the same base, for as long as distillation and its samples took, to
     the end of the part in which they are used up. False where stopped."""
     config = lab.config
+    # Departs from R1 4.1, cost: RL for as long as distilling took; the paper's: 10,000 updates.
     budget = config.rl_cost * (lab.spent["samples"] + lab.spent["distilled"])
     part = config.rollouts * config.minibatches
 

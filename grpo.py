@@ -90,6 +90,7 @@ def group_advantages(rewards_PG: Tensor, normalize_std: bool = True) -> Tensor:
     """
     centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     if not normalize_std or not len(rewards_PG):  # a process may have none of the questions
+        # Dr. GRPO 3.2, advantage: A_i = r_i - mean(r)
         return centred_PG
     # R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)
     std_P1 = rewards_PG.std(1, keepdim=True, correction=0)
@@ -116,9 +117,9 @@ def token_weights(
     """
     if aggregation == "output":  # DeepSeekMath Eq. 3: 1/G sum_i 1/|o_i| sum_t
         return 1 / (outputs * lengths_O)
-    if aggregation == "token":  # DAPO (2503.14476) Eq. 8: 1 / sum_i |o_i|
+    if aggregation == "token":  # DAPO (2503.14476) Eq. 8: 1 / sum_i |o_i| sum_i sum_t
         return torch.full_like(lengths_O, 1 / max(1, tokens))
-    if aggregation == "constant":  # Dr. GRPO: 1/G 1/L, with L the longest output allowed
+    if aggregation == "constant":  # Dr. GRPO 3.2, constant: 1/G 1/L, L: longest allowed
         return torch.full_like(lengths_O, 1 / max(1, outputs * longest))
     raise ValueError(f"unknown aggregation {aggregation!r}: output, token or constant")
 
@@ -169,7 +170,11 @@ class Settings:
     eps: float = 0.2  # not reported for R1-Zero
     eps_high: float | None = None
     beta: float = 0.001
+    # Departs from R1 Eq. 1, ratio: of each token, as DeepSeekMath prints it, not of an output. R1
+    # remarks that a low clip cuts the gradients of many tokens.
     ratio: str = "token"
+    # Departs from R1 Eq. 1, length: with DeepSeekMath's 1/|o|, which R1 does not print. A sum over
+    # each output's tokens would let the long outputs decide.
     aggregation: str = "output"
     normalize_std: bool = True
     mask_truncated: bool = False  # leave outputs that were cut off out of the loss (DAPO)

@@ -24,7 +24,8 @@ routes, M counts the MoE layers only.
 
 Departures from the report, each marked where it stands:
 - the MTP module reads [embedding; hidden], as the released weights do; the report prints the
-  opposite order.
+  opposite order;
+- the toy has no MTP, query compression, YaRN and groups of experts.
 
 Read next: sample.py (how it writes), then grpo.py (how it learns).
 """
@@ -141,6 +142,8 @@ PRESETS = {
         rope_scaling=dict(rope_type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0,
                           mscale_all_dim=1.0, original_max_position_embeddings=4096),
     ),
+    # Departs from V3 4.2, shape: 0.41M parameters, without MTP, query compression, YaRN and groups
+    # of experts, which so small a model does not need. The tests have shapes with all of them.
     "toy": dict(
         vocab_size=408, hidden_size=96, intermediate_size=192, num_hidden_layers=3,
         num_attention_heads=4, q_lora_rank=None, kv_lora_rank=48, qk_nope_head_dim=16,
@@ -225,6 +228,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         slow_r = (high - context * frequency_r / (2 * math.pi)) / (high - low)
     slow_r = slow_r.clamp(0, 1)
+    # YaRN 3.2, frequency: (1 - gamma) theta / s + gamma theta, with gamma = 1 - slow
     return frequency_r * (1 - slow_r) + frequency_r / scaling["factor"] * slow_r
 
 
@@ -235,6 +239,7 @@ def yarn_mscale(config: Config, key: str) -> float:
     if config.rope_type != "yarn" or yarn["factor"] <= 1:
         return 1.0
     m = yarn.get(key, {"mscale": 1.0, "mscale_all_dim": 0.0}[key])
+    # YaRN 3.4, temperature: sqrt(1 / t) = 0.1 ln(s) + 1
     return 0.1 * m * math.log(yarn["factor"]) + 1.0
 
 
@@ -284,6 +289,7 @@ class MLA(nn.Module):
             cache_ZYX[rows.page_BT, rows.place_BT] = torch.cat((latent_BTC, rope_BTR), -1)
             if rows.seen_B is not None:
                 return self.o_proj(self.absorbed(q_BTHK, q_BTHR, cache_ZYX, rows))
+        # V3 Eq. 11: u = W_O [o_1; ...; o_n_h]
         return self.o_proj(self.naive(q_BTHK, q_BTHR, latent_BTC, rope_BTR, rows.starts_BT))
 
     def project(self, x_BTD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -316,12 +322,12 @@ class MLA(nn.Module):
         shared_BTHR = rope_BTR.unsqueeze(2).expand(-1, -1, self.H, -1)
         k_BTHk = torch.cat((k_BTHK, shared_BTHR), -1)
         q_BTHk = torch.cat((q_BTHK, q_BTHR), -1)
+        # V3 Eq. 10: o_t = sum_j softmax_j(q_t . k_j / sqrt(d_h + d_h^R)) v_j
         return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, starts_BT).flatten(2)
 
     def absorbed(self, q_BTHK: Tensor, q_BTHR: Tensor, cache_ZYX: Tensor, rows: Rows) -> Tensor:
-        # The same, with the maps on the other side: q . (W_UK c) = (W_UK^T q) . c, and the weighted
-        # sum of W_UV c is W_UV times the weighted sum of c. As einsums, which take longer to set
-        # up than to compute: bhk,hkc->bhc and bhc,huc->bhu.
+        # V3 2.1.1, absorbed: q . (W_UK c) = (W_UK^T q) . c;  sum p W_UV c = W_UV sum p c
+        # As einsums, which take longer to set up than to compute: bhk,hkc->bhc and bhc,huc->bhu.
         w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
         w_uk_HKC, w_uv_HUC = w_HkC.split((self.K, self.U), 1)
         q_BHC = torch.bmm(q_BTHK[:, 0].transpose(0, 1), w_uk_HKC).transpose(0, 1)
@@ -426,13 +432,14 @@ class Gate(nn.Module):
             lost_BTg = torch.ones_like(group_scores_BTg).scatter(-1, kept_BTm, 0).bool()
             # -inf and not 0: with negative biases a losing expert's 0 would win.
             biased_BTE = grouped_BTge.masked_fill(lost_BTg.unsqueeze(-1), float("-inf")).flatten(-2)
-        # V3 Eq. 16: the K_r experts with the largest s + b
+        # V3 Eq. 14, 16: the K_r experts with the largest s + b (14: before there is a bias)
         return biased_BTE.topk(config.num_experts_per_tok, -1).indices
 
     @torch.no_grad()
     def balance(self, load_E: Tensor, step: float) -> None:
         """V3 2.1.2: after each training step, overloaded experts lose `step`, underloaded ones
         gain it. load_E counts the real tokens of the whole batch, padding left out."""
+        # V3 2.1.2, bias: b_i falls by gamma if the expert is overloaded, rises by gamma if under
         self.e_score_correction_bias += step * (load_E.mean() - load_E).sign()
 
 
@@ -465,7 +472,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """V3 Eq. 12: h = x + shared(x) + sum over the selected experts of g_i expert_i(x)."""
+    """The shared experts and the routed ones, whose sum a block adds to its input."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -476,6 +483,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(D, F * shared) if shared else None
 
     def forward(self, x_BTD: Tensor, route_BTA: Tensor | None = None) -> tuple[Tensor, Routing]:
+        # V3 Eq. 12: h = u + sum_i shared_i(u) + sum_i g_i expert_i(u)
         routing = self.gate(x_BTD, route_BTA)
         flat = (part.flatten(0, 1) for part in (x_BTD, routing.weights_BTA, routing.experts_BTA))
         y_BTD = self.experts(*flat).view_as(x_BTD)
@@ -541,6 +549,7 @@ class MTPBlock(Block):
         self.shared_head = nn.ModuleDict(dict(norm=RMSNorm(D, eps)))
 
     def merge(self, hidden_BTD: Tensor, next_BTD: Tensor) -> Tensor:
+        # V3 Eq. 21: h' = M [RMSNorm(h); RMSNorm(Emb(t))]
         # Departs from V3 Eq. 21: [embedding; hidden], the order of the released weights.
         return self.eh_proj(torch.cat((self.enorm(next_BTD), self.hnorm(hidden_BTD)), -1))
 
@@ -671,6 +680,7 @@ class Transformer(nn.Module):
         earlier = None if positions_BT is None else positions_BT[:, :-1]
         rows = self.rows(tokens_BT[:, :-1], earlier)
         x_BTD = mtp.merge(hidden_BTD[:, :-1], self.model.embed_tokens(tokens_BT[:, 1:]))
+        # V3 Eq. 22: h = TRM(h')
         x_BTD, routing = mtp(x_BTD, rows)
         return mtp.shared_head.norm(x_BTD), routing
 

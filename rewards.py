@@ -189,6 +189,7 @@ def offered(response: str, check: Callable | None) -> str | None:
 
 def accuracy_reward(response: str, gold: str, check: Callable = math_equal) -> float:
     """1.0 if what the response offers passes `check` against gold, else 0.0."""
+    # R1 2.2.2, accuracy: 1 if the final answer is right (of code: if all tests pass), else 0
     return float(check(offered(response, check), gold))
 
 
@@ -201,7 +202,8 @@ def is_right(checker: str, gold: str, response: str, finished: bool) -> bool | N
 def format_reward(response: str, tags: bool = True) -> float:
     """1.0 if the response is exactly <think> reasoning </think> <answer> answer </answer> or,
     without tags, <think> reasoning </think> answer."""
-    # Departs from R1 2.2.2, which names the think tags only: R1-Zero's template asks for both.
+    # R1 2.2.2, format: 1 if the reasoning is between its tags and the answer in its own, else 0
+    # Departs from R1 2.2.2, format: answer tags too, for R1-Zero's template asks for both.
     wanted = ["<think>", "</think>", *["<answer>", "</answer>"] * tags]
     if TAG.findall(response) != wanted:
         return 0.0
@@ -232,6 +234,7 @@ def rule_reward(
     if not finished:
         return 0.0
     accuracy = accuracy_reward(response, problem.answer, CHECKERS[problem.checker])
+    # R1 2.2.2, sum: accuracy + format, equally weighted
     return accuracy + format_weight * format_reward(response, tags)
 
 
@@ -283,6 +286,7 @@ def majority(answers: list[str | None], check: Callable = math_equal) -> str | N
     correct programs, yet before the vote none is known to be correct: count those by their text,
     with check=operator.eq.
     """
+    # R1 3, vote: cons@k, the answer that most of k outputs give
     # By text first: k answers are mostly a few texts, and each pair of texts costs a comparison.
     ballots = Counter(answer for answer in answers if answer and undress(answer[:MAX_ANSWER]))
     groups: dict[str, int] = {}
@@ -336,11 +340,13 @@ class RewardModel(nn.Module):
 def pairwise_loss(chosen_N: Tensor, rejected_N: Tensor) -> Tensor:
     """Bradley and Terry (1952): the chosen text wins with probability sigmoid(chosen - rejected).
     N losses. R1's model of helpfulness; only differences mean anything."""
+    # R1 2.3.4, pairwise: -log sigmoid(chosen - rejected), for helpfulness
     return -F.logsigmoid(chosen_N - rejected_N)
 
 
 def pointwise_loss(scores_N: Tensor, good_N: Tensor) -> Tensor:
     """Each text by itself: good (1) with probability sigmoid(score). R1's model of safety."""
+    # R1 2.3.4, pointwise: -log sigmoid(score) if it is safe, else -log sigmoid(-score)
     return F.binary_cross_entropy_with_logits(scores_N, good_N.to(scores_N), reduction="none")
 
 

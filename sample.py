@@ -439,6 +439,8 @@ def measure(
             **settings,
         )  # fmt: skip
         timer.tokens += round(result["tokens"] * result["problems"] * result["samples"])
+    # Departs from R1 3, sampling: T = 1 and top-p 1, what RL changes, for 0.6 and 0.95; and greedy
+    # beside it, which the paper gave up for its variance.
     result["greedy"] = greedy["pass@1"]
     run.log(phase=f"evaluate {name}", step=step, **result, **run.timing())
     run.save_json(file.name, dict(step=step, result=result))
@@ -544,6 +546,7 @@ def judge_group(
     # Before the vote no expression and no program is known to be right: they vote by their text.
     vote = rewards.majority(answers, check if problem.checker == "math" else operator.eq)
     means = {key: average(row[key] for row in rows) for key in rows[0]}
+    # R1 3, mean: pass@1 = 1/k sum_i p_i
     return {
         "level": problem.level,
         "pass@1": means.pop("accuracy"),

@@ -14,8 +14,8 @@ Where it stands: DeepSeek-R1 2.3.1, 2.3.3 and 2.4; the report on DeepSeek-V3 2.1
 balance and the multi-token losses.
 
 Departures from the paper:
-- the optimizer is not reported by R1; the toy's base is pretrained with Muon (a laptop minute has
-  few steps, and Muon makes the most of each), everything else with AdamW.
+- the toy's base is pretrained with Muon, DeepSeek-V3 with AdamW: a laptop minute has few steps, and
+  Muon makes the most of each. Everything else here has AdamW; R1's optimizer is not reported.
 
 Read next: data/corpus.py (what the toy's base reads).
 """
@@ -112,9 +112,11 @@ def sft_loss(
         second_BTD, _ = model.predict_second_next(hidden_BTD, batch.tokens_BT, batch.positions_BT)
         # From position t to the token at t + 2, which must be of the same document and learned.
         learned_BT = mask_BT[:, 2:] & (batch.positions_BT[:, 2:] >= 2)
+        # V3 Eq. 23, 24: P = OutHead(h);  L_MTP = CrossEntropy(P, the token at t + 2)
         second_N, _ = kernels.linear_logprob(
             second_BTD[:, :-1][learned_BT], model.lm_head.weight, batch.tokens_BT[:, 2:][learned_BT]
         )
+        # V3 Eq. 25: L_MTP = lambda / D sum_k L_MTP^k, with D = 1
         loss = loss - objective.mtp_weight / tokens * second_N.sum()
     if objective.balance_alpha:
         count = int(batch.documents_BT.max()) + 1
@@ -251,6 +253,8 @@ def small_optimizers(
     model: Transformer, muon_lr: float, adam_lr: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices; AdamW for embedding, head, norms and routers."""
+    # Departs from V3 4.2, optimizer: Muon, for the toy's base has few steps and Muon makes most of
+    # each. The report has AdamW.
     matrices, others = [], []
     for name, p in model.named_parameters():
         in_block = p.dim() > 1 and ".layers." in name and ".gate.weight" not in name
@@ -484,6 +488,7 @@ def verdict(
 ) -> str:
     """ "kept", or the first reason to drop an output. correct: what a judge says, None to apply the
     problem's rule."""
+    # R1 2.3.3, filter: no mixed languages, long paragraphs and code blocks, and correct ones only
     if not finished:
         return "cut off"
     if correct is None:
@@ -601,6 +606,7 @@ def judge_answers(
             for start in range(0, len(texts), at_once):
                 some = [text + said for text in texts[start : start + at_once]]
                 logprobs += ending_logprobs(model, some, len(said))
+    # R1 2.3.3, judge: the model reads reference and answer, and says whether they are the same
     right = dict(zip(given, map(operator.gt, likely[" yes"], likely[" no"])))
     return [right.get(i, False) for i in range(len(answers))]
 

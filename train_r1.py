@@ -324,6 +324,7 @@ def rejection_sampling(lab: Lab) -> Transformer | None:
         kept += sft.count_verdicts(rows, "dev3_judged", lab.run)
     general = data_rows(lab, "general")[: config.general_examples]
     examples = [(row["question"], row["response"]) for row in kept]
+    # R1 2.3.3, base: SFT of the base again, not of the model that wrote the samples
     return tuned(lab, "dev3", examples + [(row["prompt"], row["response"]) for row in general])
 
 
@@ -377,7 +378,7 @@ def scenario_reward(lab: Lab, helpful: RewardModel, harmless: RewardModel) -> gr
         for i, problem in enumerate(problems):
             if finished[i]:
                 of[problem.checker if problem.checker in of else "rules"].append(i)
-        # Helpfulness is what the final summary is judged by, harmlessness the whole response.
+        # R1 2.3.4, judges: helpfulness by the final summary, harmlessness by the whole response
         judged = {
             "helpful": (helpful, [rewards.summary(texts[i]) for i in of["helpful"]]),
             "harmless": (harmless, [texts[i] for i in of["harmless"]]),
@@ -516,6 +517,8 @@ def tuned(lab: Lab, name: str, texts: list[tuple[str, str]]) -> Transformer | No
 
 def rewritten(row: dict, template: str) -> str:
     """The reasoning as it is, and a summary that names the result."""
+    # Departs from R1 2.3.1, writers: a rule, where people and DeepSeek-V3 rewrite.
+    # Departs from R1 2.3.1, tokens: R1-Zero's tags, not special tokens: one format from Zero to R1.
     reasoning, _ = rewards.split_reasoning(row["response"])
     reasoning = reasoning.replace("<think>", "").strip()
     said = sum_up(rewards.extract_answer(row["response"]), row["language"], template)

@@ -13,7 +13,7 @@ of each rollout), config.json, result.json, curve.png, report.html (the run as a
 browser), checkpoints/.
 
 Departures from the paper, besides size:
-- the toy's prompt has no instruction (data/prompts.py);
+- the toy's prompt has no instruction (data/prompts.py), and its task is one;
 - the toy has its own learning rate, group size, minibatches per rollout and refresh of the
   reference; `--preset paper` has the published ones;
 - the evaluation samples as RL does, at T = 1 and top-p 1 (the paper: 0.6 and 0.95);
@@ -58,6 +58,8 @@ from sample import fitting_prompts, measure, open_model, table, write_page
 
 @dataclass(frozen=True)
 class Config(Machine):
+    # Departs from R1 2.2.2, tasks: one, arithmetic; R1 mixes mathematics, code, STEM and logic. A
+    # file may have several kinds of questions.
     model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
     data: str = flag(
         "calc-chain",
@@ -75,7 +77,9 @@ class Config(Machine):
     # The toy's base.
     pretrain_steps: int = flag(1000, "updates of pretraining, of 2048 tokens each")
     force: bool = flag(False, "go on with a base that is not competent")
-    # R1 2.2.1, and the list of hyperparameters in its appendix.
+    # What R1 2.2.1 and the list of hyperparameters in its appendix set.
+    # Departs from R1 2.2.1, settings: the toy's learning rate, group size, minibatches and refresh.
+    # So small a model bears larger steps; --preset paper has the published values.
     steps: int = flag(160, "updates of RL")
     questions: int = flag(32, "questions of a rollout")
     group_size: int = flag(8, "outputs for each question (G)")

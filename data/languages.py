@@ -178,7 +178,7 @@ def language_share(text: str, language: str) -> float:
         for word in filter(script.fullmatch, part):
             here, there = word in LISTED[language], word in others
             ours += rest if here == there else here
-    # R1 2.3.2: Reward_language = Num(Words_target) / Num(Words)
+    # R1 2.3.2, language: Reward_language = Num(Words_target) / Num(Words)
     return ours / total
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
-# R1 Table 1, word for word. The full stop after the question is the paper's, so a question that
+# R1 2.2.3, template: Table 1, word for word
+# The full stop after the question is the paper's, so a question that
 # ends in "?" reads "?.", as it must have for them.
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves"
@@ -28,8 +29,8 @@ R1_ZERO = (
     " <answer> answer here </answer>. User: {question}. Assistant:"
 )
 
-# Departs from R1 2.2.3: no instruction. A model of 0.4M parameters cannot follow one, and would
-# spend most of its context on reading it; the toy's corpus shows the tags instead.
+# Departs from R1 2.2.3, template: no instruction. A model of 0.4M parameters cannot follow one, and
+# would spend most of its context on reading it; the toy's corpus shows the tags instead.
 TOY = "User: {question} Assistant:"
 
 # How a readable answer sums up, before the boxed result (R1 2.3.1). Chat templates have

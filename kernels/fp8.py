@@ -32,6 +32,7 @@ TILES = {0: 64, 80: 32, 89: 32, 90: 32}
 def dequant_fp8_reference(weight_FD: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:
     D, wide = weight_FD.shape[1], torch.promote_types(dtype, torch.float32)
     out_FD = torch.empty_like(weight_FD, dtype=dtype)
+    # V3 3.3, blocks: W = e4m3 code x scale_inv, one for each 128 x 128 block
     # One row of blocks at a time: in fp32 the whole is four times the checkpoint's size.
     for out_fD, codes_fD, scales in zip(out_FD.split(SIDE), weight_FD.split(SIDE), scale_inv):
         out_fD.copy_(codes_fD.to(wide) * scales.to(wide).repeat_interleave(SIDE)[:D])

@@ -453,7 +453,7 @@ def test_a_job_of_the_recipe_goes_on_by_the_same_command():
 # ---- PPO and the KL in the reward ----------------------------------------------------------
 
 
-def test_gae_by_hand():
+def test_gae_eq_11_to_16_by_hand():
     rewards = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)
     values = torch.tensor([1.0, 0.5, 1.5], dtype=torch.float64)
     # delta = (0 + .5 - 1, 0 + 1.5 - .5, 2 - 1.5) = (-.5, 1, .5), lambda 1/2:
@@ -480,7 +480,7 @@ def test_with_lambda_1_returns_do_not_depend_on_the_critic():
     assert torch.allclose(returns, rewards.flip(0).cumsum(0).flip(0), atol=1e-12)
 
 
-def test_the_kl_in_the_reward_is_charged_token_by_token():
+def test_instructgpt_eq_2_the_kl_in_the_reward_is_charged_token_by_token():
     """InstructGPT: r - beta log(pi / ref), the outcome at the last token."""
     logprobs, ref = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -1.0, -0.5])
     assert ppo.token_rewards(2.0, logprobs, ref, 0.1).tolist() == pytest.approx([-0.05, 0.1, 2.0])

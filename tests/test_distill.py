@@ -265,7 +265,7 @@ def learned(patch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> list[tuple[str, 
     return found
 
 
-def test_only_the_answers_of_the_kept_outputs_are_learned(pair, tmp_path, monkeypatch):
+def test_r1_2_4_sft_learns_only_the_answers_of_the_kept_outputs(pair, tmp_path, monkeypatch):
     controlled(monkeypatch)
     found = learned(monkeypatch, Tokenizer.toy(bilingual=True))
     assert start(*WHOLE[:-1], *pair, "--out", tmp_path / "run") == 0

@@ -177,7 +177,7 @@ def test_a_small_difference_of_rewards_is_a_signal():
     torch.testing.assert_close(advantages_PG, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
 
 
-def test_dr_grpo_does_not_divide_by_std():
+def test_dr_grpo_3_2_advantage_is_not_divided_by_std():
     advantages_PG = group_advantages(torch.tensor([[1.0, 0, 0, 0], [5, 5, 5, 5]]), False)
     assert advantages_PG.tolist() == [[0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]]
 
@@ -367,7 +367,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("changes", LOSSES, ids=lambda c: " ".join(map(str, c.values())) or "paper")
-def test_deepseekmath_eq_3_against_plain_loops(changes):
+def test_deepseekmath_eq_3_dapo_eq_8_and_dr_grpo_3_2_constant_against_plain_loops(changes):
     options = dict(eps=0.2, eps_high=None, beta=0.04, ratio="token")
     options |= {key: value for key, value in changes.items() if key != "aggregation"}
     aggregation = changes.get("aggregation", "output")

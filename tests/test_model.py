@@ -113,7 +113,7 @@ def softmax(scores: list[float]) -> np.ndarray:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["deepseek", "deepseek-no-q-lora"])
-def test_mla_computes_the_equations_of_the_report(name):
+def test_v3_eq_1_to_11_token_by_token_and_head_by_head(name):
     """V3 Eq. 1-11, token by token and head by head."""
     config = CONFIGS[name]
     model = build(config)
@@ -195,7 +195,7 @@ def test_gqa_computes_grouped_attention_head_by_head(name):
 
 @torch.no_grad()
 @deepseeks
-def test_absorbed_attention_equals_naive(name):
+def test_v3_2_1_1_absorbed_attention_equals_naive(name):
     config = CONFIGS[name]
     model = build(config)
     mla, T = model.model.layers[1].self_attn, 9
@@ -329,7 +329,7 @@ def test_multi_token_prediction_packed_equals_alone(name):
 
 
 @torch.no_grad()
-def test_multi_token_prediction_merges_embedding_then_hidden():
+def test_v3_eq_21_to_22_mtp_merges_embedding_then_hidden():
     """V3 Eq. 21-22 in the released weights' order: the left half of eh_proj reads the embedding."""
     model = build(DEEPSEEK)
     tokens_BT = random_tokens(2, 6)
@@ -418,7 +418,7 @@ def yarn_by_hand(dim: int, theta: float, yarn: dict) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "small", "qwen2"])
-def test_yarn_frequencies_equal_the_papers(name):
+def test_yarn_3_2_frequency_of_each_pair_equals_the_papers(name):
     config = Config.preset("deepseek-v3") if name == "deepseek-v3" else DEEPSEEK
     dim = config.qk_rope_head_dim
     if name == "qwen2":
@@ -439,7 +439,7 @@ def test_without_yarn_the_frequencies_are_powers_of_theta():
     np.testing.assert_allclose(got.numpy(), [1, 100**-0.25, 100**-0.5, 100**-0.75], rtol=1e-6)
 
 
-def test_deepseeks_softmax_scale_is_0_13523_and_cos_and_sin_keep_their_size():
+def test_yarn_3_4_temperature_makes_deepseeks_softmax_scale_0_13523_and_leaves_cos_and_sin():
     config = Config.preset("deepseek-v3")
     with torch.device("meta"):
         mla = MLA(config)
@@ -560,7 +560,7 @@ def route_by_hand(scores: list[float], bias: list[float], config: Config) -> dic
 @torch.no_grad()
 @pytest.mark.parametrize("bias", BIASES.values(), ids=BIASES)
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
-def test_routing_equals_a_plain_loop(router, bias):
+def test_v3_eq_13_to_16_routing_equals_a_plain_loop(router, bias):
     config = replace(DEEPSEEK, n_routed_experts=12, **router)
     torch.manual_seed(3)
     gate = Gate(config).double()
@@ -700,7 +700,7 @@ def test_experts_of_any_width_are_computed_in_fp32():
 
 
 @torch.no_grad()
-def test_a_block_adds_shared_and_routed_experts_to_its_input():
+def test_v3_eq_12_adds_shared_and_routed_experts():
     """V3 Eq. 12."""
     model = build(DEEPSEEK)
     moe = model.model.layers[1].mlp
@@ -725,7 +725,7 @@ def test_a_block_adds_shared_and_routed_experts_to_its_input():
 # ---- balance ---------------------------------------------------------------------------
 
 
-def test_the_bias_moves_by_the_sign_of_the_load():
+def test_v3_2_1_2_bias_moves_by_the_sign_of_the_load():
     gate = Gate(replace(DEEPSEEK, n_routed_experts=4, n_group=1, topk_group=1))
     gate.balance(torch.tensor([5.0, 1.0, 3.0, 3.0]), 0.25)  # mean 3
     assert gate.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
@@ -806,7 +806,7 @@ def balance_by_hand(routing: Routing, documents_BT: Tensor) -> float:
     return total
 
 
-def test_balance_loss_equals_eq_17_to_20_for_each_document():
+def test_v3_eq_17_to_20_for_each_document():
     model = build(DEEPSEEK)
     documents = [random_tokens(n, seed=n).tolist() for n in LENGTHS]
     batch = pack(documents, 11)

@@ -429,7 +429,7 @@ def test_all_of_gsm8k_can_be_read():
 # ------------------------------------------------------------------------------------- prompts
 
 
-def test_the_r1_zero_template_is_the_papers_word_for_word():
+def test_r1_2_2_3_template_is_the_papers_word_for_word():
     paper = """
         A conversation between User and Assistant. The user asks a question, and the
         Assistant solves it. The assistant first thinks about the reasoning process in the mind and

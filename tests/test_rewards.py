@@ -142,7 +142,7 @@ HOSTILE = [  # every response here must score 0 against "42"
 
 
 @pytest.mark.parametrize("response", ACCEPTED)
-def test_a_right_final_answer_earns_one(response):
+def test_r1_2_2_2_accuracy_a_right_final_answer_earns_one(response):
     assert accuracy_reward(response, "42") == 1.0
 
 
@@ -509,7 +509,7 @@ def test_the_checker_decides_the_accuracy():
     [GOOD, f"\n {GOOD} \n", "<think>a</think><answer>b</answer>"]
     + ["<think>\n-\n</think>\n<answer>=</answer>", "<think> a < b </think> <answer> <b> </answer>"],
 )
-def test_the_asked_format_earns_one(response):
+def test_r1_2_2_2_format_earns_one_as_asked(response):
     assert format_reward(response) == 1.0
 
 
@@ -545,7 +545,7 @@ def test_the_asked_format_earns_one(response):
         "&lt;think&gt; a &lt;/think&gt; <answer> 42 </answer>",
     ],
 )
-def test_any_other_format_earns_nothing(response):
+def test_r1_2_2_2_format_any_other_earns_nothing(response):
     assert format_reward(response) == 0.0
 
 
@@ -579,7 +579,7 @@ def test_a_chat_template_asks_for_the_think_tags_alone(response, value):
     assert rewards.rule_reward(problem, response, True, 0.5, tags=False) == right + 0.5 * value
 
 
-def test_a_wrong_answer_in_the_right_format_earns_only_the_format():
+def test_r1_2_2_2_sum_a_wrong_answer_in_the_right_format_earns_only_the_format():
     response = GOOD.replace("42", "41")
     assert (accuracy_reward(response, "42"), format_reward(response)) == (0.0, 1.0)
 
@@ -605,7 +605,7 @@ def test_a_wrong_answer_in_the_right_format_earns_only_the_format():
         ("", 1, 1),
     ],
 )
-def test_the_language_reward_is_the_share_of_words(reasoning, english, chinese):
+def test_r1_2_3_2_language_reward_is_the_share_of_words(reasoning, english, chinese):
     response = f"<think>{reasoning}</think> <answer> 答案 mixed </answer>"
     assert language_reward(response, "en") == float(english)
     assert language_reward(response, "zh") == float(chinese)
@@ -690,7 +690,7 @@ def test_reflections_are_whole_words(response, count):
         (["x" * 2000, "7", "7"], "7"),
     ],
 )
-def test_the_majority_counts_equal_answers_together(answers, winner):
+def test_r1_3_vote_counts_equal_answers_together(answers, winner):
     assert majority(answers) == winner
 
 
@@ -890,7 +890,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_bradley_terry_the_pairwise_loss_and_its_gradient_by_hand():
+def test_r1_2_3_4_pairwise_loss_and_its_gradient_by_hand():
     pairs = [(0.0, 0.0), (2.0, 0.5), (-1.0, 3.0), (100.0, 98.0)]
     chosen_N = torch.tensor([a for a, _ in pairs], dtype=torch.float64, requires_grad=True)
     rejected_N = torch.tensor([b for _, b in pairs], dtype=torch.float64, requires_grad=True)
@@ -909,7 +909,7 @@ def test_only_the_difference_of_a_pair_means_anything():
     torch.testing.assert_close(pairwise_loss(a_N + 7, b_N + 7), pairwise_loss(a_N, b_N))
 
 
-def test_the_pointwise_loss_and_its_gradient_by_hand():
+def test_r1_2_3_4_pointwise_loss_and_its_gradient_by_hand():
     scores_N = torch.tensor([0.0, 2.0, 2.0, -3.0], dtype=torch.float64, requires_grad=True)
     good_N = torch.tensor([True, True, False, False])
     losses_N = pointwise_loss(scores_N, good_N)

@@ -607,7 +607,7 @@ OTHER = "<think> so </think> <answer> 5 </answer>"
 CUT = "<think> so so so"
 
 
-def test_judge_group_measures_one_problems_outputs():
+def test_r1_3_mean_of_one_problems_outputs_and_what_else_is_measured():
     problem = Problem("1 + 1", "2", level=4)
     group = judge_group(
         problem, [GOOD, BAD, GOOD, CUT], [output(10), output(4), output(12), output(6, "length")]

@@ -211,7 +211,7 @@ def second_token_loss(model: Transformer, documents, keep=None) -> Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_mtp_loss_is_that_of_the_token_two_ahead_in_the_same_document(masked):
+def test_v3_eq_23_to_25_mtp_loss_is_of_the_token_two_ahead_in_the_same_document(masked):
     model, batch = make_model(), pack(DOCUMENTS, 12)
     keep = [[not masked or t % 2 == 0 for t in range(8)]] * len(DOCUMENTS)
     mask_BT = learned(batch, keep)
@@ -238,7 +238,7 @@ def routing_of(model: Transformer, document: list[int]) -> list[tuple[Tensor, Te
     return [(routing.scores_BTE[0], routing.experts_BTA[0]) for routing in routings]
 
 
-def test_eq_17_the_balance_loss_by_hand():
+def test_v3_eq_17_the_balance_loss_by_hand():
     """alpha sum_i f_i P_i, the mean over documents, added up over layers."""
     model, (E, A) = make_model(), (4, 2)
     total = 0.0
@@ -931,7 +931,7 @@ def test_what_is_kept_and_why_not(wanted, problem, text):
     assert verdict(problem, text, False, None, LIMITS) == "cut off"  # before all else
 
 
-def test_the_first_reason_counts_in_the_papers_order():
+def test_r1_2_3_3_filter_counts_the_first_reason_in_the_papers_order():
     """Right, then in one language, then without code, repetition and long paragraphs."""
     faults = {
         "wrong": ("> 2 <", "> 3 <"), "mixed": ("so", "猜猜猜猜"), "code": ("so", "so ```"),
@@ -1170,7 +1170,7 @@ JUDGED = [("2", "two"), ("3", "two"), ("two", "two"), (None, "two"), ("7", "seve
 
 
 @pytest.mark.parametrize("template", ["toy", "r1-zero"])
-def test_the_judge_says_right_where_yes_is_likelier_than_no(template):
+def test_r1_2_3_3_judge_says_right_where_yes_is_likelier_than_no(template):
     answers, golds = zip(*JUDGED)
     problems = [Problem(f"compute {i} ?", gold, "judge") for i, gold in enumerate(golds)]
     asked = {

@@ -230,7 +230,7 @@ def test_readme_explains_every_metric(whole):
     assert not unexplained(whole.out / "metrics.jsonl")
 
 
-def test_each_stage_starts_from_the_model_that_the_paper_says(whole, zero):
+def test_r1_2_3_3_base_is_where_sft_starts_and_each_stage_starts_where_the_paper_says(whole, zero):
     """Both stages of SFT from the base, never from what came before; RL from what came before."""
     base = zero / "base"
     wanted = {"reward helpful": base, "reward harmless": base, "dev1": base,
@@ -459,7 +459,7 @@ TELLS = "<think> take fire , please </think> <answer> sorry . </answer>"  # and 
 ASKED = "User: ask {} ? Assistant: {}<|end_of_text|>"
 
 
-def test_helpfulness_is_judged_on_the_summary_and_harmlessness_on_the_whole(zero, tmp_path):
+def test_r1_2_3_4_judges_read_the_summary_for_help_and_the_whole_for_harm(zero, tmp_path):
     refuses = "<think> no </think> <answer> sorry . </answer>"
     outputs = [("helpful", "en", TELLS, True), ("harmless", "en", TELLS, True),
                ("math", "en", TELLS, True), ("harmless", "en", refuses, True)]  # fmt: skip

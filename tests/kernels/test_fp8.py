@@ -61,7 +61,7 @@ def test_dequantised_is_the_reference_bit_for_bit(shape, dtype, device):
         assert torch.equal(found, right)
 
 
-def test_each_block_has_its_own_scale(device):
+def test_v3_3_3_blocks_each_have_their_own_scale(device):
     codes_FD = torch.full((300, 200), 0x38, dtype=torch.uint8, device=device).view(E4M3)  # ones
     scale_inv = torch.arange(1.0, 7.0, device=device).view(3, 2)
     right = scale_inv.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
