@@ -151,7 +151,7 @@ COMMITTED = sorted((ROOT / "bench/results").rglob("metrics.jsonl"))
 # and why no output of these runs was dropped.
 NOT_COMMITTED = {
     "seconds_communication", "repetition", "overlong", "charged", "value_loss", "seconds_critic",
-    "critic_grad_norm",    "repeated", "too long", "code", "no room",
+    "critic_grad_norm", "repeated", "too long", "code", "no room",
 }  # fmt: skip
 
 
