@@ -259,7 +259,7 @@ def main(config: Config) -> None:
             model = student(lab)  # both start from the same weights
             done = distill(model, rows, lab) if name == "distilled" else reinforce(model, lab)
             if not done:
-                return write_page(lab.run.out)
+                return
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         lab.assess(name, opened(directory, config, config.dtype)[0])
     report(lab)
@@ -310,7 +310,7 @@ def prepare(config: Config) -> Lab:
         some, all_ = (test(shape.is_moe for shape in shapes) for test in (any, all))
         ep = ep_of(config, shape) if some else config.ep
         check_grid(shape, ep, config.tp if all_ else tp_of(config, shape))
-    run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
+    run = Run(config.out, config, resume=None, may_change=MAY_CHANGE, at_end=write_page)
     return Lab(config, run, source, held_out)
 
 
@@ -466,7 +466,6 @@ def report(lab: Lab) -> None:
     if "rl" in results:
         print(compare(lab.spent, lab.curves))
     draw_distillation(lab.run.out)
-    write_page(lab.run.out)
 
 
 def compare(spent: dict[str, float], curves: dict[str, list[dict]], rows: int = 10) -> str:

@@ -235,6 +235,7 @@ class Rollout:
     advantages_PG: Tensor | None = None
     ref_logprobs: list[Tensor] | None = None  # a tensor for each output
     shaping: list[dict[str, float]] | None = None  # of each output: what its reward includes
+    right: list[bool | None] | None = None  # of each output, as the rules judge it
     metrics: dict = field(default_factory=dict)
     lengths: dict[int, float] = field(default_factory=dict)  # of all processes: number -> tokens
 
@@ -308,13 +309,15 @@ def shaping(text: str, output: Output, settings: Settings) -> dict[str, float]:
 def describe(batch: Rollout, tags: bool = True) -> None:
     """What explains a flat reward or a zero loss, as means over the outputs of all processes."""
     G = batch.rewards_PG.shape[1]
-    groups = []
+    groups, batch.right = [], []
     for p, (problem, values_G) in enumerate(zip(batch.problems, batch.rewards_PG)):
         members = slice(p * G, (p + 1) * G)
         outputs = zip(batch.texts[members], batch.outputs[members], values_G.tolist())
         rows = [dict(reward=value, **judge(problem, *output, tags)) for *output, value in outputs]
         for row, terms in zip(rows, (batch.shaping or [])[members]):
             row |= terms
+        judged = [row["accuracy"] for row in rows]
+        batch.right += [None if value is None else value == 1.0 for value in judged]
         groups.append((problem.level, bool(batch.advantages_PG[p].any()), rows))
     # A question's group is never split over processes.
     groups = parallel.gather_numbered(dict(zip(batch.numbers, groups)))
@@ -346,6 +349,7 @@ def shown(batch: Rollout, tokenizer: Tokenizer, count: int) -> list[dict]:
             output, text = batch.outputs[o], batch.texts[o]
             row = dict(reward=batch.rewards_PG[p, i], advantage=batch.advantages_PG[p, i])
             row |= dict(text=text, finished=output.finish == "stop")
+            row |= dict(right=batch.right[o]) if batch.right else {}
             row |= dict(tokens=[tokenizer.decode([token]) for token in output.tokens])
             row |= dict(logprobs=[round(float(value), 3) for value in output.logprobs])
             if batch.ref_logprobs:

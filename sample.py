@@ -557,7 +557,7 @@ def judge_group(
 
 
 def write_page(out: Path) -> Path | None:
-    """The run in `out` as a page, report.html; what is right is as the rules of today say."""
+    """The run in `out` as a page, report.html; what the run has not judged, today's rules do."""
     return write_report(out, rewards.is_right, rewards.REFLECTIVE, rewards.REFLECTIVE_ZH)
 
 

@@ -184,7 +184,7 @@ PRESETS = {
 
 def main(config: Config) -> None:
     source, held_out = prepare(config)
-    run = Run(config.out, config, resume=None, may_change=MAY_CHANGE)
+    run = Run(config.out, config, resume=None, may_change=MAY_CHANGE, at_end=write_page)
     if not zero_is_there(config, run):  # stopped by Ctrl-C; the same command goes on
         return
     tokenizer = Tokenizer.load(Path(config.zero) / "model", config.template)
@@ -198,7 +198,7 @@ def main(config: Config) -> None:
         if not parallel.from_main(directory.is_dir()):
             model = stages[name](lab)
             if model is None:
-                return write_page(run.out)
+                return
             save_pretrained(model, directory, tokenizer_files=lab.tokenizer.files())
         results[name] = assess(name, lab)
     report(results, run, config.eval_samples)
@@ -674,7 +674,6 @@ def report(results: dict[str, dict], run: Run, k: int) -> None:
         print(f"{measure_name:<12}{shown}")
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")
-    write_page(run.out)
 
 
 def tendencies(results: dict[str, dict]) -> Iterator[tuple[str, bool]]:

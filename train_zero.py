@@ -227,7 +227,7 @@ def main(config: Config) -> None:
     check_grid(shape, config.ep, config.tp)
     if given:
         fitting_prompts(*given, held_out, config.max_new_tokens)  # refuses where none fits
-    run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE)
+    run = Run(config.out, config, resume=config.resume, may_change=MAY_CHANGE, at_end=write_page)
     model, tokenizer = given or pretrain_base(config, run)
     if model is None:  # stopped by Ctrl-C; --resume goes on
         return
@@ -236,7 +236,7 @@ def main(config: Config) -> None:
         shard(model, config.ep, pick_device(config.device))
     base = assess(model, tokenizer, held_out, config, run, "base")
     if not reinforce(model, tokenizer, source, config, run):
-        return write_page(run.out)
+        return
     save_pretrained(model, run.out / "model", tokenizer_files=tokenizer.files())
     zero = assess(model, tokenizer, held_out, config, run, "zero", step=config.steps)
     report(base, zero, run)
@@ -433,7 +433,6 @@ def report(base: dict, zero: dict, run: Run) -> None:
     print(table({"base": base, "zero": zero}))
     print(f"{run.out}: {', '.join(f'{phase} {s:.0f} s' for phase, s in seconds.items())}")
     draw_curve(run.out)
-    write_page(run.out)
 
 
 if __name__ == "__main__":

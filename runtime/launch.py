@@ -25,6 +25,8 @@ from runtime.flags import UserError, nearest
 
 # Which signal asked this process to stop, when, and whether a program it started was told.
 stop = SimpleNamespace(signal=0, at=0.0, passed_on=False)
+# What is still to be done for a run of this process, however it ends.
+at_end: list[Callable[[], Any]] = []
 
 
 class Diverged(RuntimeError):
@@ -95,22 +97,28 @@ def launch(
     for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
     diverged loss, memory or a disk that is full, or the loss of another rank, each with one line
     in place of a traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that
-    failed speaks.
+    failed speaks. At the end, after that line, comes what a Run was given as `at_end`; a second
+    Ctrl-C does not wait for it.
     """
+    at_end.clear()
     try:
         _prepare(config)
         main(config)
         finish_saving()
+        _leave()
     except KeyboardInterrupt:
         _quit(128 + (stop.signal or signal.SIGINT))
     except Exception as error:
         if not parallel.first_to_fail() or parallel.is_gone(error):
+            _leave()
             _let_the_cause_speak()
         code, line = _explain(error, config, user_errors)
+        if code:
+            rank = f"[rank {parallel.rank()}] " if parallel.world_size() > 1 else ""
+            print(f"error: {rank}{line}", file=sys.stderr, flush=True)
+        _leave()
         if not code:
             raise
-        rank = f"[rank {parallel.rank()}] " if parallel.world_size() > 1 else ""
-        print(f"error: {rank}{line}", file=sys.stderr, flush=True)
         sys.exit(code)
     parallel.shutdown()
     if stop.signal:
@@ -171,9 +179,26 @@ def _memory(error: Exception, config: Any) -> str:
         for name in ("micro_tokens", "slots", "max_new_tokens") if getattr(config, name, 0)
     ]  # fmt: skip
     less += [f"--{name}" for name in ("recompute", "offload") if not getattr(config, name, True)]
+    bf16 = getattr(config, "dtype", "") == "bfloat16"
+    if getattr(config, "optimizer", "") == "master" and (bf16 or getattr(config, "model", None)):
+        less += ["--optimizer rounding" if bf16 else "--dtype bfloat16 --optimizer rounding"]
+    if not getattr(config, "ep", True) and not config.offload:
+        several = "" if parallel.world_size() > 1 else "on several GPUs, under torchrun, "
+        less += [f"{several}--ep N, 1 for a model without experts"]
     less += ["--dry-run shows what takes how much"] if hasattr(config, "dry_run") else []
     advice = f": {'; '.join(less)}" if less else ""
-    return f"out of memory: {asked[0].lower() if asked else 'none was left'}{held}{advice}"
+    wanted = asked[0].replace("Tried", "tried") if asked else "none was left"
+    return f"out of memory: {wanted}{held}{advice}"
+
+
+def _leave() -> None:
+    """What is to be done at the end, as far as that succeeds: it hides no error."""
+    while at_end:
+        try:
+            at_end.pop(0)()
+        except (Exception, KeyboardInterrupt) as error:
+            said = str(error) or type(error).__name__
+            print(f"at the end of the run: {said}", file=sys.stderr, flush=True)
 
 
 def _let_the_cause_speak() -> None:

@@ -27,12 +27,14 @@ from runtime import parallel
 from runtime.run import UserError, write_file
 
 PAGE = Path(__file__).with_suffix(".html")
-MOST_TOKENS = 2_500_000  # of outputs on a page: about 20 MB
+JUDGING = 30.0  # seconds for the verdicts that a run has not kept: a program has to be run for its
+MOST_TOKENS = 2_500_000  # of outputs on a page: about 23 MB
 FEWEST_UPDATES = 12  # where all groups of so many don't fit, each has fewer groups
 HIGHEST = 2**15 - 1  # thousandths that a log-prob may have
 UNKNOWN = -(2**15)  # one that is not a number
 
-# is_right(checker, gold answer, text, whether it ended by itself); None where no rule can tell
+# is_right(checker, gold answer, text, whether it ended by itself); None where no rule can tell. For
+# what was written before runs kept their own verdicts.
 Verdict = Callable[[str, str, str, bool], bool | None]
 
 
@@ -42,7 +44,8 @@ def write_report(out: Path, is_right: Verdict, reflective: str, reflective_zh: s
     if not parallel.is_main():
         return None
     vocabulary: dict[str, int] = {}
-    groups, left_out = read_groups(out / "rollouts.jsonl", is_right, vocabulary, MOST_TOKENS)
+    judge = hurried(is_right, JUDGING)
+    groups, left_out = read_groups(out / "rollouts.jsonl", judge, vocabulary, MOST_TOKENS)
     content = dict(
         name=out.resolve().name, written=time.strftime("%Y-%m-%d %H:%M"),
         config=read_json(out / "config.json"), result=read_json(out / "result.json"),
@@ -184,6 +187,22 @@ def spread(updates: list[list[tuple[int, int]]], most: int) -> list[list[tuple[i
     return kept
 
 
+def hurried(is_right: Verdict, seconds: float) -> Callable[..., bool | None | str]:
+    """The same until it has taken so long together, then no verdict."""
+    left = seconds
+
+    def judged(*output) -> bool | None | str:
+        nonlocal left
+        if left <= 0:
+            return "not judged"
+        began = time.monotonic()
+        verdict = is_right(*output)
+        left -= time.monotonic() - began
+        return verdict
+
+    return judged
+
+
 def compact(group: dict, is_right: Verdict, vocabulary: dict[str, int]) -> dict:
     """A group as the page has it: tokens by their number, log-probs in thousandths."""
     checker, gold = group.get("checker", ""), group.get("answer", "")
@@ -196,7 +215,9 @@ def compact(group: dict, is_right: Verdict, vocabulary: dict[str, int]) -> dict:
         ids = [vocabulary.setdefault(t, len(vocabulary)) for t in mended(tokens, output["text"])]
         text, finished = output["text"], bool(output["finished"])
         row = dict(reward=output["reward"], advantage=output["advantage"], finished=finished)
-        row |= dict(right=is_right(checker, gold, text, finished), tokens=packed_ids(ids))
+        known = "right" in output
+        right = output["right"] if known else is_right(checker, gold, text, finished)
+        row |= dict(right=right, then=known, tokens=packed_ids(ids))
         row |= dict(count=len(ids), logprobs=packed_thousandths(logprobs))
         if reference:
             pairs = zip(logprobs, reference)

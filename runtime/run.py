@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ try:
 except ModuleNotFoundError:  # Windows: runs are not locked
     fcntl = None
 
+from runtime import launch as launching
 from runtime import parallel
 from runtime.checkpoint import finish_saving, latest, load_state, save_state
 from runtime.flags import UserError, flag, parse
@@ -179,11 +181,12 @@ class Run:
 
     Only rank 0 writes. Raises UserError where `out` holds a run already, unless told to resume it,
     and where the resumed run had another config. resume=None: continue a run that is there.
+    at_end(out): what rank 0 does when the program ends, be it by an error or by Ctrl-C.
     """
 
     def __init__(
         self, out: str | Path, config: Any, *, resume: bool | None = False,
-        may_change: tuple[str, ...] = (),
+        may_change: tuple[str, ...] = (), at_end: Callable[[Path], Any] | None = None,
     ):  # fmt: skip
         self.out = Path(out)
         self.metrics = self.out / "metrics.jsonl"
@@ -199,6 +202,8 @@ class Run:
         if parallel.is_main():
             free = (*FREE_TO_CHANGE, *may_change)
             self._open(dataclasses.asdict(config), resume, free)
+            if at_end is not None:
+                launching.at_end.append(partial(at_end, self.out))
         parallel.barrier()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, ask_to_stop)

@@ -90,11 +90,19 @@ class Chromium:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    def click(self, selector: str) -> None:
-        """With the pointer, where the first such element is: it has to be in sight."""
+    def until(self, expression: str, seconds: float = 10.0) -> bool:
+        """Whether it becomes true: what the browser tells a page itself comes a frame later."""
+        deadline = time.perf_counter() + seconds
+        while not (found := self.js(expression)) and time.perf_counter() < deadline:
+            time.sleep(0.02)
+        return bool(found)
+
+    def click(self, selector: str, across: float = 0.5) -> None:
+        """With the pointer, where the first such element is: it has to be in sight. across: how far
+        from its left edge, as a share of its width."""
         here = f"document.querySelector({json.dumps(selector)})"
         self.js(f"{here}.scrollIntoView({{block: 'center'}})")
-        box = self.js(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
+        box = self.js(f"(({{x, y, width, height}}) => [x + width * {across}, y + height / 2])"
                       f"({here}.getBoundingClientRect())")  # fmt: skip
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left",

@@ -550,7 +550,24 @@ def test_what_is_shown_of_a_rollout_is_what_was_drawn_and_paid():
     assert "".join(second["tokens"]) == second["text"] == texts[0]
     assert len(first["tokens"]) == len(first["logprobs"]) == len(first["ref_logprobs"])
     assert set(first["logprobs"]) == {-0.123} and set(first["ref_logprobs"]) == {-2.0}
+    assert "right" not in first  # it has not been judged
     assert shown(batch, tokenizer, 0) == []
+
+
+def test_what_is_shown_has_the_verdict_that_was_reached_when_it_was_paid():
+    """So that nobody has to run a program again, or to guess what an older rule had said."""
+    tokenizer = Tokenizer.toy()
+    written = [tokenizer.encode(f"<answer> {n} </answer>") for n in (3, 4, 3)]
+    ends = ["stop", "stop", "length"]
+    outputs = [Output([*w, tokenizer.end_id] if end == "stop" else w, [-1.0] * 9, end)
+               for w, end in zip(written, ends)]  # fmt: skip
+    texts = [tokenizer.decode(tokens) for tokens in written]
+    problems = [problem(answer="3"), replace(problem(answer=""), checker="judge")]
+    batch = Rollout([0, 1], problems, [[1]] * 2, outputs * 2, texts * 2)
+    settings = Settings(group_size=3, max_new_tokens=20)
+    reward_outputs(batch, lambda problems, *outputs: [0.0] * len(problems), settings)
+    rows = [[row["right"] for row in group["outputs"]] for group in shown(batch, tokenizer, 2)]
+    assert rows == [[True, False, False], [None] * 3]
 
 
 def test_shaping_is_added_to_any_output_and_told_only_where_it_is_on():

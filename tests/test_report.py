@@ -210,6 +210,29 @@ def test_what_is_no_number_has_a_sign_of_its_own(tmp_path):
     assert thousandths(row["ratios"])[0] == -(2**15)
 
 
+def test_verdicts_are_the_runs_own_and_others_are_reached_for_a_limited_time(tmp_path, monkeypatch):
+    asked, now = [], [0.0]
+
+    def is_right(*output):
+        asked.append(output)
+        now[0] += 10.0  # as long as a program takes that does not end
+        return True
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    kept = [output(right=False), output(right=None), output(right=True)]
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(group(1, *kept, checker="code")) + "\n")
+    page = report.write_report(tmp_path, is_right, *WORDS).read_text()
+    rows = data(page)["groups"][0]["outputs"]
+    assert [row["right"] for row in rows] == [False, None, True] and not asked
+    assert all(row["then"] for row in rows)
+    with (tmp_path / "rollouts.jsonl").open("a") as file:  # and some lines of an older run
+        file.write(json.dumps(group(2, *[output()] * 5, checker="code")) + "\n")
+    page = report.write_report(tmp_path, is_right, *WORDS).read_text()
+    rows = data(page)["groups"][1]["outputs"]
+    assert [row["right"] for row in rows] == [True] * 3 + ["not judged"] * 2 and len(asked) == 3
+    assert not any(row["then"] for row in rows)
+
+
 def test_rewards_py_writes_it_and_refuses_what_is_no_run(tmp_path, monkeypatch, capsys):
     written(tmp_path / "run", [group(1, output())])
     (tmp_path / "run" / "report.html").unlink()
@@ -235,7 +258,10 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
 def browser(tmp_path_factory):
     if chromium.PROGRAM is None:
         pytest.skip("there is no Chromium")
-    page = chromium.Chromium(tmp_path_factory.mktemp("profile"))
+    try:
+        page = chromium.Chromium(tmp_path_factory.mktemp("profile"))
+    except (AssertionError, OSError) as error:
+        pytest.skip(f"Chromium does not start here: {error}")
     yield page
     page.close()
 
@@ -244,23 +270,65 @@ def text_of(selector):
     return f"document.querySelector({selector!r}).textContent"
 
 
+@pytest.fixture
+def long_run(tmp_path):
+    """The page of a run of 80 rollouts, two updates after each, with four questions of each."""
+    groups = [group(step, output([f" s{step}q{q}", *ANSWER]), output(ANSWER[1:], 0.0, -1.0),
+                    question=f"step {step}, question {q}?")
+              for step in range(1, 161, 2) for q in (1, 2, 3, 4)]  # fmt: skip
+    result = {"base": {"pass@1": 0.1}, "zero": {"pass@1": 0.9, "by_level": {"2": {"pass@1": 1}}}}
+    more = dict.fromkeys(("kl", "tokens", "entropy", "format", "grad_norm", "truncated"), 0.5)
+    written(tmp_path, groups, [line(step, **more) for step in range(1, 161)], result=result)
+    return f"file://{tmp_path}/report.html"
+
+
+def test_any_group_is_found_and_read_within_three_clicks(browser, long_run):
+    browser.look(1280)
+    browser.open(long_run)
+    assert "step 159, question 1?" in browser.js(text_of("#group"))  # the newest
+    width = browser.js("document.getElementById('update').offsetWidth")
+    for place, question in ((0, 4), (3, 2), (27, 3), (62, 1), (79, 4)):  # each is 2 clicks away
+        browser.click("#update", across=(8 + (width - 16) * place / 79) / width)
+        browser.click(f"#questions label:nth-child({question})")
+        step = 1 + 2 * place
+        assert f"step {step}, question {question}?" in browser.js(text_of("#group"))
+        assert f" s{step}q{question} <think> wait" in browser.js(text_of("#list"))
+        assert browser.js("location.hash") == f"#rl/{step}/{question}"
+    browser.click("#before")
+    assert "step 157, question 4?" in browser.js(text_of("#group"))
+    browser.click("#charts svg")  # in the middle of a curve, and so of the run
+    assert 70 < int(browser.js("location.hash").split("/")[1]) < 90
+    assert browser.js("[...document.querySelectorAll('mark')].map(m => m.textContent)")[0] == "wait"
+    for address, shown in (("#rl/1/4", "step 1, question 4?"), ("#constructor/1", "step 159, q")):
+        browser.open(long_run + address)
+        assert shown in browser.js(text_of("#group"))
+        assert not browser.problems() and browser.requests() == [long_run]
+    assert "0.9" in browser.js(text_of("#results"))
+
+
+def test_on_a_phone_a_group_is_no_further_than_a_screen_and_a_half(browser, long_run):
+    browser.look(390)
+    browser.open(long_run)
+    top = "document.querySelector({!r}).getBoundingClientRect().top"
+    assert browser.js(top.format("#questions")) < browser.js(top.format("#group")) < 1.5 * 844
+    assert "more curves" in browser.js(text_of("#more summary"))  # they are folded, but for one
+    assert browser.js("document.querySelectorAll('#charts figure').length") == 1
+    browser.click("nav a[href='#outputs']")
+    assert browser.until(f"{top.format('#outputs')} < 200")
+    assert browser.js(top.format("#outputs")) >= 0
+    browser.look(1280)  # the phone is turned, or the window made wider
+    assert browser.until("document.querySelectorAll('#charts figure').length === 8")
+    assert not browser.problems()
+
+
 @pytest.mark.slow
-def test_a_group_is_found_and_read_within_three_clicks(browser, tmp_path):
+def test_tokens_are_shaded_and_tell_their_numbers_and_keys_lead_on(browser, tmp_path):
     groups = [group(step, output([f" s{step}q{q}", *ANSWER]), output(ANSWER[1:], 0.0, -1.0),
                     question=f"step {step}, question {q}?")
               for step in (1, 5, 9) for q in (1, 2)]  # fmt: skip
-    result = {"base": {"pass@1": 0.1}, "zero": {"pass@1": 0.9, "by_level": {"2": {"pass@1": 1}}}}
-    written(tmp_path, groups, [line(step) for step in range(1, 11)], result=result)
-    url = f"file://{tmp_path}/report.html"
+    written(tmp_path, groups, [line(step) for step in range(1, 11)])
     browser.look(1280)
-    browser.open(url)
-    assert "step 9, question 1?" in browser.js(text_of("#group"))
-    browser.click("#before")
-    browser.click("#questions label:nth-child(2)")
-    assert "step 5, question 2?" in browser.js(text_of("#group"))
-    assert " s5q2 <think> wait" in browser.js(text_of("#list"))
-    assert browser.js("location.hash") == "#rl/5/2"
-    assert browser.js("[...document.querySelectorAll('mark')].map(m => m.textContent)")[0] == "wait"
+    browser.open(f"file://{tmp_path}/report.html#rl/5/2")
     shaded = "[...document.querySelectorAll('.tokens')].map(p => p.lastElementChild.className)"
     assert browser.js(shaded) == ["up5", "down5"]  # an advantage of 1, where 2 is the darkest
     browser.click("#shades label:nth-child(2)")
@@ -273,12 +341,24 @@ def test_a_group_is_found_and_read_within_three_clicks(browser, tmp_path):
     assert browser.js("location.hash") == "#rl/9/2"
     browser.key("ArrowLeft", shift=True)
     assert browser.js("location.hash") == "#rl/9/1"
-    browser.click("#charts svg")  # in its middle
-    assert browser.js("location.hash") == "#rl/5/1"
-    browser.open(url + "#rl/1/2")
-    assert "step 1, question 2?" in browser.js(text_of("#group"))
-    assert "0.9" in browser.js(text_of("#results"))
-    assert not browser.problems() and browser.requests() == [url]
+    assert not browser.problems()
+
+
+@pytest.mark.slow
+def test_a_verdict_is_told_and_so_is_that_there_is_none(browser, tmp_path, monkeypatch):
+    outputs = [output(right=right) for right in (True, False, None)]
+    groups = [group(1, *outputs), group(1, output(), output(), checker="code")]
+    monkeypatch.setattr(report, "JUDGING", 0.0)
+    written(tmp_path, groups)
+    browser.look(1280)
+    told = "[...document.querySelectorAll('.output header b:nth-child(2)')].map(b => b.textContent)"
+    browser.open(f"file://{tmp_path}/report.html#rl/1/1")
+    assert browser.js(told) == ["✓ right", "✗ wrong", "no rule"]
+    assert "right or wrong as the run judged" in browser.js(text_of("#group"))
+    browser.open(f"file://{tmp_path}/report.html#rl/1/2")
+    assert browser.js(told) == ["not judged"] * 2
+    listed = browser.js(text_of("#questions"))
+    assert "1/3 right, reward" in listed and listed.endswith("1 + 2 ?reward 1.00")
 
 
 @pytest.mark.slow

@@ -375,6 +375,38 @@ def test_any_other_error_keeps_its_traceback():
             launch(raises(error), SimpleNamespace())
 
 
+@pytest.mark.parametrize("error", [None, UserError("no"), Diverged("nan"), MemoryError(), 7])
+@pytest.mark.parametrize("hindered", [False, True])
+def test_what_a_run_leaves_at_its_end_it_leaves_at_any_end(capsys, tmp_path, error, hindered):
+    left, error = [], ValueError("a bug") if error == 7 else error
+
+    def page(out):
+        left.append(out)
+        assert (out / "config.json").exists()
+        if hindered:
+            raise OSError("no room for it")
+
+    def main(config):
+        Run(tmp_path / "run", Config(), at_end=page)
+        if error:
+            raise error
+
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="a bug"):
+            launch(main, SimpleNamespace())
+    elif error:
+        code, err = ended(main, capsys)
+        assert code == (2 if isinstance(error, UserError) else 1)
+        assert err.splitlines()[0].startswith("error: ")  # before anything else can go wrong
+        assert ("no room for it" in err) == hindered
+    else:
+        launch(main, SimpleNamespace())
+    assert left == [tmp_path / "run"]
+    left.clear()
+    ended(main, capsys)  # the directory is another run's by now
+    assert left == []
+
+
 def test_a_loss_that_is_nan_names_the_step_and_the_last_checkpoint(capsys, tmp_path):
     save_state(tmp_path, 4, {"a": torch.zeros(1)})
     check_finite(3.0, 5, tmp_path)

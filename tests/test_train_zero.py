@@ -269,7 +269,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(
     phase, saved = {"pretraining": ("pretrain", 3), "RL": ("rl", 6)}[place]
     assert checkpoint.latest(tmp_path / "run" / "checkpoints" / phase) == saved
     assert not (tmp_path / "run" / "result.json").exists()
-    assert (tmp_path / "run" / "report.html").exists() == (place == "RL")
+    assert (tmp_path / "run" / "report.html").exists()
     assert start(*WHOLE, "--out", tmp_path / "run", "--resume") == 0
     assert_same_run(tmp_path / "run", whole)
 
@@ -772,6 +772,8 @@ def test_a_loss_that_is_no_number_stops_names_the_step_and_keeps_the_last_checkp
     kept = tmp_path / "run" / "checkpoints" / "rl" / "step_000004"
     assert error.startswith("error: the loss is nan at step 5") and f"{kept};" in error
     assert not (tmp_path / "run" / "model").exists()
+    page = (tmp_path / "run" / "report.html").read_text()  # with what led there
+    assert '"step":3' in page and page.count('"finished":') > 0
     assert start(*flags, "--out", tmp_path / "run", "--resume") == 0  # and it is whole
     good, again = (tmp_path / name / "model" / "model.safetensors" for name in ("good", "run"))
     assert good.read_bytes() == again.read_bytes()
