@@ -16,33 +16,32 @@ The loss is minus the mean over outputs of the mean over their tokens of
     min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL        rho = pi / pi_old
 
 pi is the token's probability under the policy now, pi_old what it was when the token was drawn: a
-number that was stored then.
+number that was stored then. eps is the clip range (0.2), beta a small weight (0.001).
 
 What the reference is for: KL says how far the policy is from the reference, a second model: a copy
 of an earlier policy, at first of the one that RL began with. beta KL pulls back, so that chasing
 the reward does not unlearn what pretraining taught. Every so often (400 updates in the paper) the
-current policy takes the reference's place, so that RL can go on from there: drift is slowed, not
-bounded.
+current policy is copied into it, so that RL can go on from there: drift is slowed, not bounded.
 
 Why a loss of about 0 teaches: on the first update after a rollout the policy is the one that
-sampled (on-policy), so every rho is 1, and a group's advantages add up to 0 (an output counts the
-same, long or short). Only beta KL is left, a small number. The gradient is not 0: at rho = 1 the
-gradient of rho is that of log pi, so each token is pushed up or down by its own output's A. It is
-cross-entropy with a weight for each output: the weights add up to 0, the gradients don't. On later
-updates the policy has moved the way it was pushed, and the loss is slightly below 0. Watch the
-reward, not the loss.
+sampled (on-policy), so every rho is 1. A minibatch has whole groups, and a group's advantages add
+up to 0 (an output counts the same, long or short): only beta KL is left, a small number. The
+gradient is not 0: at rho = 1 the gradient of rho is that of log pi, so each token is pushed up or
+down by its own output's A. It is cross-entropy with a weight for each output: the weights add up to
+0, the gradients don't. Watch the reward, not the loss.
 
-What the clip does: a rollout is cut into minibatches (16 in the paper), one for each update, and
-the later ones meet a policy that the earlier ones have moved. A token with A > 0 whose rho is
-already above 1 + eps, or one with A < 0 whose rho is already below 1 - eps, has gone far enough:
-the min is a constant there, and the reward pushes it no further. A token that has moved against its
-A is still pushed back.
+What the clip does: a rollout is split into minibatches (16 in the paper), one for each update. The
+later ones hold other questions, but what the earlier updates taught has moved their rho as well
+(the loss is then slightly below 0). A token with A > 0 whose rho is above 1 + eps, or one with
+A < 0 whose rho is below 1 - eps, has gone far enough: the comparison with what was drawn is good
+near the policy that drew it only. The min is a constant there, and the reward pushes it no further.
+A token that has moved against its A is still pushed back.
 
 Choices where the paper is silent or says two things (shapes: P questions, G outputs of each, O
 outputs in all, N tokens):
-- R1 Eq. 1 prints one ratio per output, DeepSeekMath Eq. 3 one per token with 1/|o|. R1 remarks that
-  clipping cuts the gradients of many *tokens*, so the default is per token; `ratio="sequence"`
-  is the other.
+- R1 Eq. 1 prints one ratio rho per output, DeepSeekMath Eq. 3 one per token, and a mean over the
+  output's tokens. R1 remarks that clipping cuts the gradients of many *tokens*, so the default is
+  per token; `ratio="sequence"` is the other.
 - With ratio="sequence", the KL stays a mean over tokens.
 - std is the population's (ddof 0). Where a group's rewards are equal, its advantages are 0, not
   NaN.

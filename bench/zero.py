@@ -76,7 +76,7 @@ def table() -> str:
     """What is there, as Markdown."""
     lines = [
         "| run | pass@1 | cons@16 | pass@16 | greedy | format | tokens "
-        "| short / long half solved at update | pretrain + RL + eval, s |",
+        "| 50 % right at update: short / long | pretrain + RL + eval, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in [f"seed-{s}" for s in SEEDS] + [f"control-{c}" for c in CONTROLS]:
