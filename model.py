@@ -247,6 +247,7 @@ def rotate(x_BTHR: Tensor, rows: Rows, interleaved: bool) -> Tensor:
     """Turn each pair of dimensions by its angle: as one complex number, times e^(i angle).
     DeepSeek's pairs are (0, 1), (2, 3), ...; those of Qwen and Llama are (0, R/2), (1, R/2 + 1),
     ... The two are not interchangeable."""
+    # RoFormer 3.2.1: (x, y) becomes (x cos a - y sin a, x sin a + y cos a), a the angle
     turn_BT1r, real_BTHR = rows.turn_BTr.unsqueeze(2), full(x_BTHR)
     if interleaved:
         pairs_BTHr = torch.view_as_complex(real_BTHR.unflatten(-1, (-1, 2)))
@@ -286,6 +287,7 @@ class MLA(nn.Module):
     def forward(self, x_BTD: Tensor, rows: Rows, cache_ZYX: Tensor | None = None) -> Tensor:
         q_BTHK, q_BTHR, latent_BTC, rope_BTR = self.project(x_BTD, rows)
         if cache_ZYX is not None:
+            # V3 2.1.1, cache: cache[page, place] = [c_KV ; k_R], all that is kept of a token
             cache_ZYX[rows.page_BT, rows.place_BT] = torch.cat((latent_BTC, rope_BTR), -1)
             if rows.seen_B is not None:
                 return self.o_proj(self.absorbed(q_BTHK, q_BTHR, cache_ZYX, rows))
@@ -326,7 +328,7 @@ class MLA(nn.Module):
         return kernels.attention(q_BTHk, k_BTHk, v_BTHU, self.scale, starts_BT).flatten(2)
 
     def absorbed(self, q_BTHK: Tensor, q_BTHR: Tensor, cache_ZYX: Tensor, rows: Rows) -> Tensor:
-        # V3 2.1.1, absorbed: q . (W_UK c) = (W_UK^T q) . c;  sum p W_UV c = W_UV sum p c
+        # V3 2.1.1, absorbed: q . k = (W_UK^T q_C) . c + q_R . k_R;  o = W_UV (sum_s p_s c_s)
         # As einsums, which take longer to set up than to compute: bhk,hkc->bhc and bhc,huc->bhu.
         w_HkC = self.kv_b_proj.weight.view(self.H, self.K + self.U, self.C)
         w_uk_HKC, w_uv_HUC = w_HkC.split((self.K, self.U), 1)
@@ -655,7 +657,9 @@ class Transformer(nn.Module):
         if table_BP is None:
             page_BT, place_BT = row_B1, positions_BT
         else:
+            # PagedAttention (2309.06180): page = table[position // Y], place = position % Y
             page_BT, place_BT = table_BP[row_B1, positions_BT // Y], positions_BT % Y
+        # The sum of V3 Eq. 10 goes over the keys at 0 .. position: seen = position + 1
         seen_B = positions_BT[:, 0] + 1 if T == 1 else None
         turn_BTr = self.turn(positions_BT)
         return Rows(positions_BT, turn_BTr, None, page_BT, place_BT, table_BP, seen_B)

@@ -74,13 +74,15 @@ def choose(
         return tokens_B, torch.zeros_like(tokens_B, dtype=logits_BV.dtype)
     logprobs_BV = F.log_softmax(logits_BV / temperature, -1)
     if top_p < 1:
-        # The fewest tokens that together reach top_p, renormalised.
+        # Nucleus sampling (1904.09751): the fewest tokens that reach top_p, renormalised:
+        #   token i, in order of falling probability, is kept while p_1 + .. + p_(i-1) < top_p
         ordered_BV, order_BV = logprobs_BV.sort(-1, descending=True)
         before_BV = ordered_BV.exp().cumsum(-1) - ordered_BV.exp()
         dropped_BV = torch.empty_like(before_BV, dtype=torch.bool).scatter_(
             -1, order_BV, before_BV >= top_p
         )
         logprobs_BV = F.log_softmax(logprobs_BV.masked_fill(dropped_BV, -math.inf), -1)
+    # Inversion: token = the first v with P_1 + .. + P_v > uniform
     cumulative_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]

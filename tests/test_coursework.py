@@ -3,14 +3,17 @@ tests are in coursework/."""
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.coursework import grade, handout, splice
+from tests.coursework import __main__ as command
+from tests.coursework import exercises, grade, handout, splice
 from tests.coursework.exercises import EXERCISES
 from tests.coursework.mistakes import MISTAKES
 
@@ -51,6 +54,21 @@ PATCHED = """
 import tests.coursework.checks
 tests.coursework.checks.close = lambda *a, **k: None
 return logprobs"""
+REPLACED = """
+import tests.coursework.checks as checks
+checks.close.__code__ = (lambda actual, wanted, claim, tolerance=1e-6: None).__code__
+return logprobs"""
+TOLERANT = """
+import tests.coursework.checks as checks
+checks.close.__defaults__ = (1e9,)
+return logprobs"""
+FROM_WITHIN = """
+import sys
+tests = sys._getframe(1).f_globals
+for name in tests:
+    if name.startswith("test_"):
+        tests[name].__code__ = (lambda: None).__code__
+return logprobs"""
 EQUAL = """
 class Equal:
     def __eq__(self, other): return True
@@ -73,6 +91,10 @@ HOSTILE = (
     ("print('all tests passed\\n' * 10**5)\nreturn logprobs", "tests fail"),
     (FORGED, "ended before its tests were through"),
     (PATCHED, "tests.coursework.checks.close was changed"),
+    (REPLACED, "tests.coursework.checks.close was changed"),
+    (TOLERANT, "tests.coursework.checks.close was changed"),
+    (FROM_WITHIN, " was changed"),
+    ("raise ValueError('\\ud800')", "ValueError: \ud800"),
     ("torch.Tensor.__eq__ = lambda *a: True\nreturn logprobs", "Tensor.__eq__ was changed"),
     (EQUAL, "which is no tensor"),
     (WRITES, "File too large"),
@@ -80,10 +102,16 @@ HOSTILE = (
 
 HELPED = with_body("x = ref_logprobs - logprobs\nreturn twice(x.exp() - x - 1) / 2").replace(
     "def token_weights",
-    """import numpy as helpful
-import no_such_module
-
-HALF = helpful.float64(0.5)
+    """try:
+    import no_such_module as helpful
+except ImportError:
+    import numpy as helpful
+if helpful:
+    HALF = helpful.float64(0.5)
+try:
+    import no_such_module
+except ValueError:
+    pass
 
 
 def twice(x):
@@ -306,6 +334,52 @@ def test_the_copy_has_no_answers(copy):
     assert not (copy / ".git").exists()
 
 
+@pytest.mark.slow
+def test_no_function_of_the_copy_is_an_answer(copy):
+    """Each that takes as many arguments is pasted in, with what it needs of its own file."""
+    jobs = {}
+    for path in sorted(copy.rglob("*.py")):
+        file = path.relative_to(copy).as_posix()
+        for exercise, name in [(e, name) for e in EXERCISES for name in e.functions]:
+            for given, text in pasted(path.read_text(), exercise, name, file.startswith("tests/")):
+                key = exercise.number, name, file, given
+                jobs[key] = submitted(exercise, text) | dict(seconds=2)
+    assert len(jobs) > 1000
+    for exercise, name in [(e, name) for e in EXERCISES for name in e.functions]:
+        for given, text in pasted(source(exercise), exercise, name, 0):
+            if given == name.rpartition(".")[2]:  # the answer itself, for comparison
+                jobs[exercise.number, name] = submitted(exercise, text)
+    assert (6, "MLA.absorbed", "tests/coursework/test_exercise_08_cache.py", "absorbed") in jobs
+    assert (12, "flash_attention", "tests/coursework/test_exercise_12_flash.py", "expected") in jobs
+    results = grade.run(list(jobs.values()))
+    right = {key for key, result in zip(jobs, results) if result.get("failed") == []}
+    assert right == {(e.number, name) for e in EXERCISES for name in e.functions}
+
+
+def pasted(text, exercise, name, unasked):
+    """From the functions of a file: the name, and the exercise's file with that as the body.
+    unasked: it may do without so many of the exercise's arguments."""
+    wanted = parameters(splice.find(splice.tree_of(source(exercise)), name))
+    indent = "    " * (2 if "." in name else 1)
+    for node in ast.walk(splice.tree_of(text)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        own = parameters(node)
+        needed = len(own) - len(node.args.defaults) - len(node.args.kw_defaults)
+        returns = [n for n in ast.walk(node) if isinstance(n, ast.Return) and n.value is not None]
+        if not own or not returns or not needed <= len(wanted) <= len(own) + unasked:
+            continue
+        named = [f"{a} = {b}" for a, b in zip(own, wanted)]
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        lines = [line for part in body for line in ast.unparse(part).splitlines()]
+        body = "\n".join(indent + line for line in [*named, *lines, "pass"])
+        yield node.name, splice.replace(source(exercise), name, body) + "\n\n" + text
+
+
+def parameters(node):
+    return [name for name in splice.arguments(node) if name != "self"]
+
+
 def test_the_copy_has_all_that_is_installed(copy):
     project = (ROOT / "pyproject.toml").read_text()
     for line, form in (("py-modules", "{}.py"), ("packages", "{}/__init__.py")):
@@ -325,7 +399,6 @@ def test_each_exercise_has_its_page(copy):
         page = (copy / "handout" / exercise.page).read_text()
         assert page.startswith(f"# Exercise {exercise.number}: {exercise.title} (")
         assert f"]({exercise.page})" in index and f"| {exercise.points} |" in index
-        assert all(equation in page for equation in handout.equations(exercise))
         assert all(hint in page for hint in exercise.hints)
         for name in exercise.functions:
             assert splice.signature(source(exercise), name) in page
@@ -333,23 +406,80 @@ def test_each_exercise_has_its_page(copy):
             f"exercise_{exercise.number}\n"
             in (copy / "tests" / "coursework" / exercise.tests).read_text()
         )
-    assert (
-        "R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)"
-        in (copy / "handout/01-advantages.md").read_text()
-    )
+
+
+def test_an_equation_stands_in_the_source_and_is_taken_from_there(copy):
+    said = (ROOT / "tests/coursework/exercises.py").read_text()
+    for exercise in EXERCISES:
+        page = (copy / "handout" / exercise.page).read_text()
+        equations = handout.equations(exercise)
+        assert all(f"\n{equation}\n" in page for equation in equations)
+        formulas = [line.partition(": ")[2] for e in equations for line in e.splitlines()]
+        assert not [formula for formula in formulas if formula and formula in said]
+        if exercise.number not in (10, 11, 13):  # of which the docstrings say all
+            assert equations, exercise.title
+    page = (copy / "handout/01-advantages.md").read_text()
+    assert "R1 Eq. 3: A_i = (r_i - mean(r)) / std(r)" in page
+    page = (copy / "handout/06-absorbed.md").read_text()
+    assert "q . k = (W_UK^T q_C) . c + q_R . k_R;  o = W_UV (sum_s p_s c_s)" in page
+
+
+def test_the_copys_own_readme_points_only_at_what_is_there(copy):
+    for page in (copy / "README.md", *(copy / "handout").iterdir()):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), target
+    readme = (copy / "README.md").read_text()
+    assert "handout/README.md" in readme and "bench" not in readme
+    assert {path.name for path in copy.glob("*.md")} == {"README.md"}
+
+
+def test_readme_counts_what_is_there():
+    readme = (ROOT / "README.md").read_text().split("## Coursework")[1].split("\n## ")[0]
+    assert f" {len(EXERCISES)} exercises" in readme
+    assert f" {len(MISTAKES)} known mistakes" in readme
+    assert f" {exercises.SECONDS:g} seconds" in readme
 
 
 def test_a_student_can_grade_one_exercise(copy):
     flash = BY_NUMBER[12]
-    blank = (copy / flash.file).read_text()
-    (copy / flash.file).write_text(source(flash))
-    command = f"pytest -q --strict-markers -m exercise_12 tests/coursework/{flash.tests}"
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=copy, capture_output=True, text=True
-    )
-    (copy / flash.file).write_text(blank)
+    with written(copy, {flash.file: source(flash), "grpo.py": "def kl_estimate(:\n"}):
+        done = run_pytest(copy, "--strict-markers", "-m", "exercise_12")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed" in done.stdout
+    assert "9 passed" in done.stdout
+
+
+def test_where_a_file_is_no_python_or_a_loop_has_no_end_the_other_tests_go_on(copy):
+    flash, votes = BY_NUMBER[12], BY_NUMBER[13]
+    text = (copy / "tests/coursework/exercises.py").read_text()
+    changes = {
+        flash.file: source(flash),
+        votes.file: splice.replace(source(votes), "majority", "    while True: pass"),
+        "grpo.py": "def kl_estimate(:\n",
+        "tests/coursework/exercises.py": text.replace("SECONDS = 10.0", "SECONDS = 1.0"),
+    }
+    with written(copy, changes):
+        done = run_pytest(copy, "-k", "exercise_12 or without_votes")
+    assert "9 passed" in done.stdout and "1 failed" in done.stdout, done.stdout[-3000:]
+    assert "took more than 1 s: an endless loop?" in done.stdout
+    assert "grpo.py" in done.stdout and "SyntaxError" in done.stdout
+
+
+@contextmanager
+def written(copy, texts):
+    """These files, for a while."""
+    before = {file: (copy / file).read_text() for file in texts}
+    for file, text in texts.items():
+        (copy / file).write_text(text)
+    yield
+    for file, text in before.items():
+        (copy / file).write_text(text)
+
+
+def run_pytest(copy, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *flags], cwd=copy, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
 
 
 def test_from_the_command_line_edited_tests_and_conftests_change_nothing(copy, tmp_path):
@@ -363,10 +493,13 @@ def test_from_the_command_line_edited_tests_and_conftests_change_nothing(copy, t
     (copy / "sample.py").unlink()
     lse = next(mistake for mistake in MISTAKES if mistake.name == "lse without the maximum")
     (copy / "tests/coursework/flash.py").write_text(wrong(lse))
+    text = (copy / "model.py").read_text()
+    unprintable = "    raise ValueError('\\ud800 \\x1b[2J \\u03c0')"
+    (copy / "model.py").write_text(splice.replace(text, "rotate", unprintable))
     (copy / "rewards.py").unlink()
     done = subprocess.run(
         [sys.executable, "-m", "tests.coursework", "grade", copy, "--json", tmp_path / "g.json"],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING="ascii"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "g.json").read_text())
@@ -375,7 +508,8 @@ def test_from_the_command_line_edited_tests_and_conftests_change_nothing(copy, t
     assert failed[9] == "sample.py is missing"
     assert failed[1].startswith("grpo.py, line 1: '(' was never closed")
     assert failed[1].endswith("(exercises in this file: 1, 2, 3, 4)")
-    assert failed[5] == "not written yet (exercise 5: rotary positions)"
+    assert "ValueError: \\ud800 \\x1b[2J \u03c0 (model.py, line" in failed[5]
+    assert failed[6] == "not written yet (exercise 6: absorbed attention of MLA)"
     assert failed[12].endswith(f"Hint: {lse.hint}")
     assert "0 of 100 points" in done.stdout
 
@@ -386,32 +520,65 @@ def test_hostile_bodies_get_no_points(ran):
 
 
 @pytest.mark.slow
-def test_who_ends_the_graders_process_costs_no_other():
+def test_who_ends_or_stops_the_graders_process_costs_no_other(monkeypatch):
+    monkeypatch.setattr(grade, "LATE", 1)
     flash = BY_NUMBER[12]
-    code = "    import os, signal\n    os.kill(os.getppid(), signal.SIGKILL)"
-    killer = submitted(flash, splice.replace(source(flash), "flash_attention", code))
-    results = grade.run_apart([killer, submitted(flash, source(flash))], grade.SECONDS)
-    said = [grade.explained(flash, result) for result in results]
-    assert said == ["ended the grader's process", None]
+    jobs = [submitted(flash, source(flash))]
+    for sent in ("SIGKILL", "SIGSTOP"):
+        code = f"    import os, signal\n    os.kill(os.getppid(), signal.{sent})"
+        jobs.append(submitted(flash, splice.replace(source(flash), "flash_attention", code)))
+        jobs.append(submitted(flash, source(flash)))
+    said = [grade.explained(flash, result) for result in grade.run(jobs)]
+    ended = "ended or stopped the grader's process"
+    assert said == [None, ended, None, ended, None]
 
 
-def test_jobs_run_apart_where_one_ends_the_process_of_all(monkeypatch):
-    def run(jobs, seconds):
-        if "killer" in jobs:
-            raise RuntimeError
-        return [dict(tests=1, failed=[]) for _ in jobs]
+def test_after_a_job_that_ends_the_graders_process_another_goes_on(monkeypatch):
+    def run_some(jobs, seconds):
+        last = jobs.index("killer") if "killer" in jobs else len(jobs)
+        return [f"{job} ran" for job in jobs[: last + 1]]
 
-    monkeypatch.setattr(grade, "run", run)
-    killed, other = grade.run_apart(["killer", "other"], 1)
-    assert killed == dict(ended="ended the grader's process")
-    assert other == dict(tests=1, failed=[])
+    monkeypatch.setattr(grade, "run_some", run_some)
+    assert grade.run(["a", "killer", "b"], 1) == ["a ran", "killer ran", "b ran"]
+
+
+def test_a_process_that_is_silent_is_killed():
+    silent = [sys.executable, "-c", "import time; print('a', flush=True); time.sleep(600)"]
+    with subprocess.Popen(silent, stdout=subprocess.PIPE, text=True) as process:
+        assert grade.line_of(process, 60) == "a\n"
+        assert grade.line_of(process, 0.1) == ""
+
+
+def test_points_as_json_replace_the_file_or_leave_it(tmp_path, monkeypatch):
+    file = tmp_path / "points.json"
+    grades = [grade.graded(exercise, "it's \ud800") for exercise in EXERCISES]
+    grade.write_json(grades, file)
+    assert json.loads(file.read_text())["exercises"][0]["failed"] == r"it's \ud800"
+    monkeypatch.setattr(grade, "as_json", lambda grades: "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        grade.write_json(grades, file)
+    assert json.loads(file.read_text())["points"] == 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("where", ([], ["FILE"]))
+def test_json_is_printed_or_written(tmp_path, monkeypatch, capsys, where):
+    file = tmp_path / "points.json"
+    where = [str(file) for _ in where]
+    graded = [grade.graded(exercise, None) for exercise in EXERCISES]
+    monkeypatch.setattr(command, "grade", lambda directory, seconds: graded)
+    monkeypatch.setattr(sys, "argv", ["coursework", "grade", str(tmp_path), "--json", *where])
+    command.main()
+    printed = capsys.readouterr().out
+    assert json.loads(file.read_text() if where else printed)["points"] == 100
+    assert printed.endswith("100 of 100 points\n") or not where
 
 
 def test_what_a_body_needs_is_carried_along(ran):
     """And what it doesn't need is not: an import that fails costs only those who use it."""
     assert ran["helped"] == [None, None]
     text = submitted(BY_NUMBER[2], HELPED)["source"]
-    assert "import numpy as helpful" in text and "no_such_module" not in text
+    assert "import numpy as helpful" in text and "import no_such_module\n" not in text
 
 
 def test_a_method_that_the_student_added_is_carried_along():

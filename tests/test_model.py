@@ -213,7 +213,7 @@ def test_v3_2_1_1_absorbed_attention_equals_naive(name):
 
 @torch.no_grad()
 @every_config
-def test_cached_decoding_equals_the_uncached_forward(config):
+def test_v3_2_1_1_cache_decoding_equals_the_uncached_forward(config):
     """Prompts of 1, 4 and 7 tokens, prefilled together, then decoded each at its own position."""
     model = build(config)
     lengths, new = [1, 4, 7], 6

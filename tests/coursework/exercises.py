@@ -6,6 +6,8 @@ To add one: an entry here, a test file of that number and slug that needs no oth
 
 from dataclasses import dataclass
 
+SECONDS = 10.0  # for the tests of one exercise
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -18,7 +20,6 @@ class Exercise:
     paper: str  # where it stands there
     shapes: str
     text: str
-    equation: str
     hints: tuple[str, ...]  # what everyone gets wrong
 
     @property
@@ -45,7 +46,6 @@ mean, in units of the group's standard deviation. There is no second network to 
 expected: the group does. `normalize_std=False` is Dr. GRPO's variant, which only subtracts the
 mean.
 """,
-        "A_i = (r_i - mean(r_1 .. r_G)) / std(r_1 .. r_G)",
         (
             "The mean and the std are those of the group, not of the batch.",
             "The paper doesn't say which std: here it is the population's (ddof 0); torch's default"
@@ -67,7 +67,6 @@ only the tokens it did write are at hand. This estimate of it (k3) has the right
 token has a negative one. With x = pi_ref / pi it is x - 1 - log x: the mean of x - 1 is 0, and it
 removes the noise of -log x.
 """,
-        "KL = pi_ref / pi - log(pi_ref / pi) - 1",
         (
             "log(pi / pi_ref) by itself (k1) has the same mean, but its gradient as a loss does not"
             " depend on the reference.",
@@ -88,15 +87,13 @@ the gain, less beta times the KL (of `kl_estimate`, exercise 2, which the tests 
 `importance_ratio` is pi / pi_old of each token or, at level "sequence", of the whole output,
 which is the product over its tokens; another level raises ValueError. `eps_high` is the upper
 bound where it is given; `stats["clip_fraction"]` counts the tokens whose gain the clip has made
-smaller. Without a reference the KL is 0.
-""",
-        """
-rho = pi / pi_old
-J   = sum of w [ min(rho A, clip(rho, 1 - eps, 1 + eps) A) - beta KL ],    loss = -J
+smaller. Without a reference the KL is 0. What the min leaves of the gain:
 
+```
 eps = 0.2      rho = 0.5   rho = 2
 A =  1            0.5        1.2
 A = -1           -0.8       -2
+```
 """,
         (
             "The min, not the max, for A < 0 too: see the table.",
@@ -105,7 +102,7 @@ A = -1           -0.8       -2
             "pi / pi_old: the log-probs stored when the tokens were drawn go below.",
             "The ratio is 1 on the first update and not detached: its gradient is what teaches.",
             "The KL is subtracted from the objective, hence added to the loss.",
-            "The sum is weighted; nothing is averaged over the N tokens here.",
+            "The sum is weighted, the KL as well; nothing is averaged over the N tokens here.",
         ),
     ),
     Exercise(
@@ -119,12 +116,6 @@ constant are three different objectives. The loss of exercise 3 is a weighted su
 weights say which mean it is. A batch is trained on in parts (micro-batches, processes), and the
 losses of its parts have to add up to its own: the weights are made from `outputs`, `tokens` and
 `longest`, which describe the whole batch. Another aggregation raises ValueError.
-""",
-        """
-"output":    1 / G      1 / |o_i|           DeepSeekMath, and the default
-"token":     1 / (sum of |o_i|)             DAPO
-"constant":  1 / G      1 / longest         Dr. GRPO
-with G = outputs, the outputs of the whole batch
 """,
         (
             "Averaging over the batch's tokens is not the paper's formula: long outputs win.",
@@ -145,23 +136,18 @@ the pair's frequency: then the product of a query and a key depends on how far a
 not on where. `rows.turn_BTr` holds cos(angle) + i sin(angle); multiply in at least fp32 (`full`
 gives that). `interleaved` says which dimensions are a pair.
 """,
-        """
-(x, y)  ->  (x cos a - y sin a,  x sin a + y cos a)
-
-interleaved=True,  DeepSeek:      pairs (0, 1), (2, 3), ...
-interleaved=False, Qwen, Llama:   pairs (0, R/2), (1, R/2 + 1), ...
-""",
         (
             "DeepSeek's pairs are neighbours. Rotating halves without permuting is wrong, and"
             " nothing fails but the numbers.",
             "The result has the layout of x: each pair goes back to where it was.",
             "All heads of a position turn alike; rows are at positions of their own.",
-            "bf16 goes in and bf16 comes out.",
+            "bf16 goes in and bf16 comes out; in between it is fp32 at least, or each product is"
+            " rounded.",
         ),
     ),
     Exercise(
         6, "absorbed", "absorbed attention of MLA", 10, "model.py", ("MLA.absorbed",),
-        "V3 2.1.1, Eq. 1-9",
+        "V3 2.1.1, Eq. 1-10",
         "One new token a row (T = 1): q_BTHK and the rotated q_BTHR; cache_ZYX: pages of entries of"
         " X = C + R numbers, the latent and then the rotated key that all heads share. The result:"
         " B, 1, H*U, heads one after another, before o_proj.",
@@ -173,17 +159,14 @@ can be applied to the query instead, once, and W_UV to the mixture of latents.
 BHC: its keys are whole entries of the cache, and its values their first C numbers. The maps are
 in `self.kv_b_proj.weight`: for each head K rows of W_UK, then U rows of W_UV.
 """,
-        """
-q . (W_UK c) = (W_UK^T q) . c
-sum_s p_s (W_UV c_s) = W_UV (sum_s p_s c_s)
-p = softmax over s of  scale [ (W_UK^T q) . c_s + q_R . k_R,s ]
-""",
         (
             "The scale counts all K + R dimensions (192, not 128), and YaRN's temperature squared"
             " belongs on it: self.scale has both.",
             "The rotated part takes part in the scores: an entry is [latent; rotated key].",
             "The rows of kv_b_proj are ordered head by head, not all W_UK and then all W_UV.",
             "The heads' outputs stand one after another for each row.",
+            "Building keys and values again gives the same numbers, and no points:"
+            " kernels.mla_decode is called once, for all rows and heads.",
         ),
     ),
     Exercise(
@@ -198,17 +181,12 @@ in `n_group` groups, of which a token may use the `topk_group` best; a group is 
 of its two best biased scores. The weights are the selected scores divided by their sum (if
 `norm_topk_prob`), times `routed_scaling_factor`.
 """,
-        """
-s = sigmoid(u . e)
-selected:  the A largest s + b, in the best groups
-g = scaling_factor  s / (sum of the selected s)
-""",
         (
             "Weighting by the biased score: the bias is for the selection only.",
             "Losing the bias altogether, which no test with a bias of zero sees.",
             "Losing groups are masked with -inf: with 0, a loser beats a winner whose biased score"
             " is negative.",
-            "A group's score is the sum of its two best, not its best.",
+            "A group's score is the sum of its two best: not its best, and not all of them.",
             "Sigmoid, not softmax.",
             "A given route replaces the choice, and not the weights' formula.",
         ),
@@ -228,16 +206,12 @@ writes the entries [latent; rotated key] into the cache, and then attends: in a 
 `self.absorbed` over the cache, otherwise by `self.naive` over what was just projected, with
 rows.starts_BT; and `self.o_proj` last. Without a cache (None) nothing is written.
 """,
-        """
-page  = table[position div Y]        place = position mod Y
-seen  = position + 1
-cache[page, place] = [c_KV ; k_R]
-""",
         (
             "A token sees itself: it sees one more than its position.",
             "The entry is written before it is read.",
             "Angles go by the position in the text, not by the place in the page.",
             "Rows have lengths of their own: a step is at another position in each.",
+            "Documents that lie in one row don't see each other.",
         ),
     ),
     Exercise(
@@ -251,10 +225,6 @@ reach top_p are kept, the likeliest first, and renormalised; then a token is dra
 the order of the vocabulary, whose cumulative probability exceeds the uniform number. The
 log-probability is that under the distribution which was drawn from. Temperature 0 takes the best
 token, and its log-probability is 0.
-""",
-        """
-kept: token i, in order of falling probability, while  p_1 + .. + p_(i-1) < top_p
-token = first v with  P_1 + .. + P_v > uniform,   P the kept probabilities renormalised
 """,
         (
             "The token that crosses top_p is kept; without it the rest falls short of top_p.",
@@ -272,10 +242,6 @@ token = first v with  P_1 + .. + P_v > uniform,   P the kept probabilities renor
 Is the response laid out as R1-Zero's template asks? Exactly one reasoning and one answer, each
 with something visible in it, and nothing but white space outside. `tags=False`: for chat
 templates, without the answer's tags, where the answer is all that follows the reasoning.
-""",
-        """
-<think> reasoning </think> <answer> answer </answer>        tags=True
-<think> reasoning </think> answer                           tags=False
 """,
         (
             "Thousands of outputs look for the weak spot: what is ambiguous earns 0.",
@@ -297,7 +263,6 @@ the content of the last box, or None where that is malformed; `BOX` and `ANSWER_
 and tags. Whatever is not clear is None. The reward is what `check(offered(response, check), gold)`
 says: `offered` is your `extract_answer`, but for programs.
 """,
-        "reward = 1.0 if check(offered(response, check), gold) else 0.0",
         (
             "The answer is not taken from the reasoning, however right it is there.",
             "Where the last answer is malformed, an earlier one does not take its place.",
@@ -318,16 +283,11 @@ time pass by, and each query carries the maximum m of its scores so far, the sum
 and the weighted sum O of values, both relative to m: where m grows, l and O shrink. This is what
 the Triton kernel of kernels/attention.py does; here it is a loop in plain torch, and causal.
 """,
-        """
-S  = scale q k, of a tile of keys, -inf where a key is in the future
-m' = max(m, max S)
-l' = e^(m - m') l + sum e^(S - m')
-O' = e^(m - m') O + e^(S - m') V
-at the end:  out = O / l,   lse = m + log l
-""",
         (
             "What was summed with a smaller maximum shrinks, the sum as well as the values.",
             "Without the maximum, scores of 1000 overflow.",
+            "No sum, maximum or product goes over more than `tile` keys: a query's whole row of"
+            " scores is never there.",
             "A query sees itself and what stands before it, in every tile; the last tile may be"
             " short.",
             "lse contains the maximum.",
@@ -342,7 +302,6 @@ cons@k: the answers of k outputs vote, and equal ones (under `check`) vote toget
 answer of the largest group is returned; of groups that are equally large, the one that came
 first. None and blank answers do not vote.
 """,
-        "the first answer of the largest group { a : check(a, leader) }",
         (
             "None is no answer: most outputs without one do not make a majority.",
             "1/2 and 0.5 are one answer.",

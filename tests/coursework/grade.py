@@ -15,16 +15,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.coursework import splice
-from tests.coursework.exercises import EXERCISES, Exercise
+from tests.coursework.exercises import EXERCISES, SECONDS, Exercise
 from tests.coursework.mistakes import MISTAKES, Mistake
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS = 10.0  # for the tests of one exercise
+START = 120.0  # seconds for torch to be imported
+LATE = 10.0  # seconds that a job may be late: its own process is killed before
 MAX_FILE = 2**20
 KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # what starting torch may need
 
@@ -58,31 +60,49 @@ def job(exercise: Exercise, spliced: splice.Spliced) -> dict:
 
 
 def run(jobs: list[dict], seconds: float = SECONDS) -> list[dict]:
-    """What happened in each job (runner.py), all of them from one process."""
-    if not jobs:
-        return []
+    """What happened in each job (runner.py), all of them from one process; a job that ends or stops
+    that process is one that failed, and another process goes on after it."""
+    results: list[dict] = []
+    while len(results) < len(jobs):
+        results += run_some(jobs[len(results) :], seconds)
+    return results
+
+
+def run_some(jobs: list[dict], seconds: float) -> list[dict]:
+    """The results of all jobs, or of those up to the first that the process did not survive."""
     start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.coursework.runner import"
-    with tempfile.TemporaryDirectory() as empty:
+    results: list[dict] = []
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as given:
+        json.dump([jobs, seconds], given)
+        given.seek(0)
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         environment |= dict(HOME=empty, TMPDIR=empty, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-        done = subprocess.run(
-            [sys.executable, "-I", "-B", "-c", f"{start} main; main()"],
-            input=json.dumps([jobs, seconds]), capture_output=True, text=True, cwd=empty,
-            env=environment, timeout=120 + len(jobs) * (seconds + 1),
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", "-c", f"{start} main; main()"], cwd=empty, env=environment,
+            stdin=given, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"the grader's own process failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+        try:
+            if not line_of(process, START):
+                raise RuntimeError("the grader's own process failed")
+            for job in jobs:
+                line = line_of(process, job.get("seconds", seconds) + LATE)
+                ended = dict(ended="ended or stopped the grader's process")
+                results.append(json.loads(line) if line else ended)
+                if not line:
+                    break
+        finally:
+            process.kill()
+            process.communicate()
+    return results
 
 
-def run_apart(jobs: list[dict], seconds: float) -> list[dict]:
-    """The same, where one of the jobs may end the process that runs them: then each has its own."""
-    try:
-        return run(jobs, seconds)
-    except RuntimeError:
-        if len(jobs) == 1:
-            return [dict(ended="ended the grader's process")]
-        return [result for job in jobs for result in run_apart([job], seconds)]
+def line_of(process: subprocess.Popen, seconds: float) -> str:
+    """The next line that the process writes; "" where it ends before, or is killed for its time."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    line = process.stdout.readline()
+    timer.cancel()
+    return line if line.endswith("\n") else ""
 
 
 def failures_of(mistakes: Sequence[Mistake]) -> dict[Mistake, list]:
@@ -120,8 +140,13 @@ def claim(test: str) -> str:
     return test.removeprefix("test_").replace("_", " ")
 
 
+def printable(text: str) -> str:
+    """What a student's code says may be no text, or text that moves the terminal's cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def graded(exercise: Exercise, failed: str | None) -> Grade:
-    points = 0 if failed else exercise.points
+    points, failed = 0 if failed else exercise.points, failed and printable(failed)
     return Grade(exercise.number, exercise.title, points, exercise.points, failed)
 
 
@@ -141,7 +166,7 @@ def grade(directory: Path, seconds: float = SECONDS) -> list[Grade]:
             others = [e.number for e in EXERCISES if e.file == exercise.file]
             shared = f" (exercises in this file: {', '.join(map(str, others))})"
             broken[exercise.number] = f"{error}{shared if len(others) > 1 else ''}"
-    results = dict(zip(jobs, run_apart(list(jobs.values()), seconds)))
+    results = dict(zip(jobs, run(list(jobs.values()), seconds)))
     # A wrong value, and not code that broke or was not written, may be a known mistake.
     wrong = {n for n, result in results.items() if any(w for *_, w in result.get("failed", ()))}
     known = failures_of([mistake for mistake in MISTAKES if mistake.exercise in wrong])
@@ -153,7 +178,15 @@ def grade(directory: Path, seconds: float = SECONDS) -> list[Grade]:
 def as_json(grades: list[Grade]) -> str:
     total = dict(points=sum(g.points for g in grades), of=sum(g.of for g in grades))
     rows = [asdict(grade) for grade in grades]
-    return json.dumps(total | dict(exercises=rows), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(total | dict(exercises=rows), indent=1)
+
+
+def write_json(grades: list[Grade], path: Path) -> None:
+    """All of it or, where that fails, what was there before."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+        new = Path(directory) / path.name
+        new.write_text(as_json(grades) + "\n", "utf-8")
+        os.replace(new, path)
 
 
 def as_text(grades: list[Grade]) -> str:

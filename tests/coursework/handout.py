@@ -1,5 +1,7 @@
-"""The student's copy of the repository, and its handout: a page for each exercise, made from the
-source (signature, docstring, equations), its tests (their names are claims) and exercises.py."""
+"""The student's copy of the repository, its README, and its handout: a page for each exercise, made
+from the source (signature, docstring, equations), its tests (their names are claims) and
+exercises.py. An equation stands in the source, above the code that computes it, and nowhere else.
+"""
 
 import ast
 import re
@@ -8,16 +10,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.coursework import splice
-from tests.coursework.exercises import EXERCISES, Exercise
+from tests.coursework.exercises import EXERCISES, SECONDS, Exercise
 
 ROOT = Path(__file__).parent.parent.parent
 # Of the checkout, where models, runs and grades may lie as well.
-COPIED = ("*.py", "*.md", "LICENSE", "pyproject.toml", ".gitignore", "bench", "data", "kernels",
-          "runtime", "tests")  # fmt: skip
+COPIED = ("*.py", "LICENSE", "pyproject.toml", ".gitignore", "data", "kernels", "runtime", "tests")
 # Of its tests: the others need the bodies, or give them away.
 COPIED_TESTS = ("conftest.py", "coursework")
 GRADER = ("__main__.py", "grade.py", "handout.py", "mistakes.py", "runner.py", "splice.py")
-EQUATION = re.compile(r"# *((?:R1|V3|DeepSeekMath|DAPO|Dr\. GRPO)\b.*)")
+SOURCES = ("R1", "V3", "DeepSeekMath", "DAPO", "Dr. GRPO", "RoFormer", "PagedAttention",
+           "Nucleus sampling", "Inversion", "FlashAttention", "Online softmax")  # fmt: skip
+# A comment that names its source; it goes on in lines that are further in.
+EQUATION = re.compile(rf"# *((?:{'|'.join(map(re.escape, SOURCES))})\b.*(?:\n *#  +.*)*)")
+OPTIONS = """addopts = "-m 'not slow and not gpu'"\n"""  # of pytest, in pyproject.toml
 
 
 def make(out: Path) -> None:
@@ -35,6 +40,13 @@ def make(out: Path) -> None:
     shutil.copytree(ROOT, out, ignore=left_out, dirs_exist_ok=True)
     for file in dict.fromkeys(exercise.file for exercise in EXERCISES):
         (out / file).write_text(blanked(file))
+    project = (ROOT / "pyproject.toml").read_text()
+    if OPTIONS not in project:
+        raise ValueError(f"pyproject.toml has no line {OPTIONS!r}: change OPTIONS in handout.py")
+    # A file that is no Python stops the tests that import it, and no others.
+    options = OPTIONS.replace("gpu'", "gpu' --continue-on-collection-errors")
+    (out / "pyproject.toml").write_text(project.replace(OPTIONS, options))
+    (out / "README.md").write_text(readme())
     write_handout(out / "handout")
 
 
@@ -82,24 +94,51 @@ def index() -> str:
         " in any order: the tests of one need no other. Read the file's docstring first.",
         "", "| | exercise | where | paper | points |", "|---|---|---|---|---|", *rows,
         f"| | | | | {total} |", "",
-        "```bash", 'pip install -e ".[test]"',
-        "python -m pytest -m exercise_3    # one exercise",
-        "python -m pytest                  # all",
-        "```", "",
+        *START, "",
         "**How it is graded.** The instructor's tests, which are those in `tests/coursework`, run"
-        " on the instructor's files with only your body of the exercise in them, and with the"
-        " functions, imports and constants that you added to the same file and that it uses. Keep"
-        " names and arguments as they are; new files and changes elsewhere are not read. A file"
-        " that is no Python costs all exercises in that file, and no other. An exercise has all its"
-        " points or none, 10 seconds, and 1 GB beyond what torch takes. No GPU is needed.", "",
+        " on the instructor's files with only your body of the exercise in them, and with what you"
+        " added at the top level of the same file (functions, classes, constants, imports; an `if`"
+        " or `try` around them comes along) and your body uses. Keep names and arguments as they"
+        " are; new files and changes elsewhere are not read. A file that is no Python costs all"
+        " exercises in that file, and no other. An exercise has all its points or none,"
+        f" {SECONDS:g} seconds, and 1 GB beyond what torch takes.", "",
+        "**What is different when you run pytest here.** All of your files are imported, so one"
+        " that is no Python stops the tests of each file that imports it (`grpo.py` imports"
+        f" `model.py`, `sample.py` and `rewards.py`). Each test has {SECONDS:g} seconds, and no"
+        " limit of memory.", "",
+    ])  # fmt: skip
+
+
+START = (
+    "```bash",
+    "pip install -e . pytest           # once; a CPU is enough",
+    "python -m pytest -m exercise_3    # one exercise",
+    "python -m pytest                  # all",
+    "```",
+)  # fmt: skip
+
+
+def readme() -> str:
+    return "\n".join([
+        "# nanoR1: coursework", "",
+        f"DeepSeek-R1 from scratch in PyTorch, in which {len(EXERCISES)} exercises are left to you:"
+        " functions without a body, from the group advantages of GRPO to flash attention. Begin"
+        " with [the handout](handout/README.md): it lists them, and has a page for each.", "",
+        *START, "",
+        "Every `raise NotImplementedError` names its exercise and its page. An exercise has all of"
+        f" its points or none. Each test has {SECONDS:g} seconds here; in grading, an exercise has"
+        " them for all of its tests. Read `model.py`, `sample.py`, `rewards.py` and `grpo.py` with"
+        " the paper (arXiv 2501.12948) open; shapes are in the names, and the legend is at the top"
+        " of `model.py`. Benchmarks, logs and the other tests of nanoR1 are not part of this copy.",
+        "",
     ])  # fmt: skip
 
 
 def equations(exercise: Exercise) -> list[str]:
-    """Those that stand in the bodies, as comments."""
+    """Those that stand in the bodies, as comments; one may have several lines."""
     text = (ROOT / exercise.file).read_text()
     bodies = "\n".join(splice.body(text, name) for name in exercise.functions)
-    return EQUATION.findall(bodies)
+    return [re.sub(r"\n *# *", "\n    ", found) for found in EQUATION.findall(bodies)]
 
 
 def claims(exercise: Exercise) -> list[str]:
@@ -122,8 +161,7 @@ def page(exercise: Exercise) -> str:
         f"# Exercise {exercise.number}: {exercise.title} ({points})", "",
         f"{where(exercise)}. In the paper: {exercise.paper}.", "",
         exercise.text.strip(), "",
-        "```", exercise.equation.strip("\n"), "```", "",
-        *([f"As the source has it: {'; '.join(f'`{line}`' for line in equations(exercise))}.", ""]
+        *(["What the source says above the code:", "", "```", *equations(exercise), "```", ""]
           if equations(exercise) else []),
         f"**Shapes.** {exercise.shapes} The letters are those at the top of `model.py`.", "",
         "```python", "\n\n".join(signatures), "```", "",

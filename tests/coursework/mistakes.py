@@ -101,6 +101,37 @@ MISTAKES = (
         "the min is of the products with A: for A < 0, min(rho, clip) A is their max",
     ),
     Mistake(
+        3, "the KL without its weights", "grpo_loss",
+        (("-(weights_N * (gain_N - beta * kl_N)).sum()",
+          "-(weights_N * gain_N).sum() + beta * kl_N.sum()"),),
+        "test_the_kl_counts_by_the_weights_too",
+        "a token's KL has the token's weight, as its gain has",
+    ),
+    Mistake(
+        3, "the KL detached", "grpo_loss",
+        (("kl_estimate(logprobs_N, ref_N)", "kl_estimate(logprobs_N, ref_N).detach()"),),
+        "test_the_kl_has_its_gradient",
+        "the KL pulls back by its gradient: it is part of the loss, and not only a number to watch",
+    ),
+    Mistake(
+        3, "the reference for the policy", "grpo_loss",
+        (("kl_estimate(logprobs_N, ref_N)", "kl_estimate(ref_N, logprobs_N)"),),
+        "test_the_kl_is_of_the_policy_against_the_reference",
+        "kl_estimate takes the policy's log-probs first, and then the reference's",
+    ),
+    Mistake(
+        3, "against the policy that drew", "grpo_loss",
+        (("kl_estimate(logprobs_N, ref_N)", "kl_estimate(logprobs_N, old_N)"),),
+        "test_the_kl_is_of_the_policy_against_the_reference",
+        "the KL is against the reference; the policy that drew the tokens is in the ratio",
+    ),
+    Mistake(
+        3, "always the tokens' ratios", "grpo_loss",
+        (("output_N, ratio)", 'output_N, "token")'),),
+        "test_the_loss_takes_the_ratio_that_it_is_told",
+        "`ratio` says whose ratio it is, the token's or the output's: hand it to importance_ratio",
+    ),
+    Mistake(
         4, "the mean over the batch's tokens", "token_weights",
         (("1 / (outputs * lengths_O)", "torch.full_like(lengths_O, 1 / max(1, tokens))"),),
         "test_with_output_the_mean_over_outputs_comes_out",
@@ -134,6 +165,33 @@ MISTAKES = (
           "torch.cat(((pairs_BTHr * turn_BT1r).real, (pairs_BTHr * turn_BT1r).imag), -1)"),),
         "test_deepseeks_pairs_are_neighbours",
         "the pairs are neighbours in the result as well: put each number back to its place",
+    ),
+    Mistake(
+        5, "in the input's dtype", "rotate",
+        whole("""    turn_BT1r = rows.turn_BTr.unsqueeze(2)
+    c, s = turn_BT1r.real.to(x_BTHR.dtype), turn_BT1r.imag.to(x_BTHR.dtype)
+    x, y = x_BTHR.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x_BTHR.chunk(2, -1)
+    turned = x * c - y * s, x * s + y * c
+    return torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)"""),
+        "test_bf16_is_rounded_once_at_the_end",
+        "multiply in fp32 at least, and round to the input's dtype at the end",
+    ),
+    Mistake(
+        6, "the naive form", "MLA.absorbed",
+        whole("""        out = []
+        for b, seen in enumerate(rows.seen_B.tolist()):
+            pages = [b] if rows.table_BP is None else rows.table_BP[b]
+            entries_SX = torch.cat([cache_ZYX[page] for page in pages])[:seen]
+            kv = self.kv_b_proj(entries_SX[:, : self.C]).view(seen, self.H, -1)
+            k_SHK, v_SHU = kv.split((self.K, self.U), -1)
+            scores_HS = torch.einsum("hk,shk->hs", q_BTHK[b, 0], k_SHK)
+            scores_HS = scores_HS + q_BTHR[b, 0] @ entries_SX[:, self.C :].T
+            probs_HS = (self.scale * scores_HS).softmax(-1)
+            out.append(torch.einsum("hs,shu->hu", probs_HS, v_SHU).flatten())
+        return torch.stack(out)[:, None]"""),
+        "test_one_call_of_the_kernel_mixes_the_latents",
+        "keys and values of all cached tokens are not built again: move W_UK to the query and W_UV"
+        " to the mixture, and let kernels.mla_decode read the latents",
     ),
     Mistake(
         6, "the scale of K dimensions", "MLA.absorbed",
@@ -187,6 +245,22 @@ MISTAKES = (
         "test_a_group_is_as_good_as_its_two_best", "a group's score is the sum of its two best",
     ),
     Mistake(
+        7, "a group by all of its experts", "Gate.select",
+        (("grouped_BTge.topk(best, -1).values.sum(-1)", "grouped_BTge.sum(-1)"),),
+        "test_in_a_larger_group_only_its_two_best_count",
+        "a group's score is the sum of its two best, and not of all",
+    ),
+    Mistake(
+        7, "the best group alone", "Gate.select", (("config.topk_group, -1", "1, -1"),),
+        "test_a_token_may_use_as_many_groups_as_topk_group_says",
+        "a token may use `topk_group` groups, and not only the best",
+    ),
+    Mistake(
+        7, "all groups", "Gate.select", (("if config.n_group > 1:", "if False:"),),
+        "test_a_token_may_use_as_many_groups_as_topk_group_says",
+        "the experts of all but the `topk_group` best groups are out",
+    ),
+    Mistake(
         8, "a token does not see itself", "Transformer.cached_rows",
         (("positions_BT[:, 0] + 1 if", "positions_BT[:, 0].clamp(min=1) if"),),
         "test_a_new_token_sees_itself", "a token at position t sees t + 1 tokens, itself included",
@@ -208,6 +282,11 @@ MISTAKES = (
         (("self.turn(positions_BT)", "self.turn(place_BT)"),),
         "test_decoding_over_pages_equals_the_whole_row",
         "keys turn by their position in the text, not by their place in the page",
+    ),
+    Mistake(
+        8, "documents see each other", "MLA.forward", (("rows.starts_BT", "None"),),
+        "test_documents_in_one_row_do_not_see_each_other",
+        "rows.starts_BT says where each token's document begins: `naive` needs it",
     ),
     Mistake(
         9, "the token that crosses is dropped", "choose",
@@ -299,6 +378,26 @@ MISTAKES = (
         (("torch.maximum(max_T, scores_TN.amax(1))", "torch.zeros_like(max_T)"),
          ("(max_T - new_max_T).exp()", "1 + 0 * sum_T")),
         "test_large_scores_do_not_overflow", "subtract the maximum before the exponential",
+    ),
+    Mistake(
+        12, "a row at once", "flash_attention",
+        whole("""    out, lse = [], []
+    for t in range(len(q_TK)):
+        scores = scale * (k_TK[: t + 1] @ q_TK[t])
+        lse.append(scores.logsumexp(0))
+        out.append((scores - lse[-1]).exp() @ v_TU[: t + 1])
+    return torch.stack(out), torch.stack(lse)"""),
+        "test_no_sum_goes_over_more_than_a_tile",
+        "a query's scores are never all there: take `tile` keys, and go on from m, l and O",
+    ),
+    Mistake(
+        12, "all scores at once", "flash_attention",
+        whole("""    scores_TT = scale * q_TK @ k_TK.T
+    unseen_TT = torch.ones_like(scores_TT).triu(1).bool()
+    scores_TT = scores_TT.masked_fill(unseen_TT, float("-inf"))
+    return scores_TT.softmax(1) @ v_TU, scores_TT.logsumexp(1)"""),
+        "test_no_tensor_has_more_numbers_than_t_times_tile",
+        "T x T scores are what this avoids: make those of `tile` keys, use them, let them go",
     ),
     Mistake(
         12, "lse without the maximum", "flash_attention",

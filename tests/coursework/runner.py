@@ -4,7 +4,7 @@ It imports torch and the pristine files once, and forks for each job. A child ha
 input, an environment without the instructor's, limits of time and memory, and a process group that
 is killed at the end. What it may say is one line, which begins with a secret of the job: prints
 and whatever else it writes are lost. Deliberate tampering from within the same interpreter can
-be made harder, not impossible: `changed` finds patched functions.
+be made harder, not impossible: `changed` finds patched functions, and what was put into them.
 
 Started by grade.py. Linux or macOS: it needs os.fork.
 """
@@ -26,7 +26,7 @@ import unittest.mock
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import CodeType, ModuleType, TracebackType
+from types import CodeType, FunctionType, ModuleType, TracebackType
 
 import pytest
 import torch
@@ -44,10 +44,12 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     for name in dict.fromkeys(job["module"] for job in jobs):
         importlib.import_module(name)
-    before = [dict(vars(owner)) for owner in GUARDED]
+    before = [looks(vars(owner)) for owner in GUARDED]
     gc.freeze()  # what is there already is never collected, hence not copied by a child
-    json.dump([attempt(job, job.get("seconds", seconds), before) for job in jobs], out)
-    out.close()
+    print("ready", file=out, flush=True)
+    for job in jobs:
+        result = attempt(job, job.get("seconds", seconds), before)
+        print(json.dumps(result), file=out, flush=True)
 
 
 def attempt(job: dict, seconds: float, before: list[dict]) -> dict:
@@ -131,7 +133,7 @@ def run(job: dict, code: CodeType, before: list[dict]) -> dict:
     tests = ModuleType("tests")  # not through sys.modules, where something may wait
     exec(code, vars(tests))
     names = [name for name in vars(tests) if name.startswith("test_")]
-    own = dict(vars(tests))
+    own, looked = dict(vars(tests)), looks(vars(tests))
     failed = []
     with getattr(tests, "stand_ins", nullcontext)():
         for name in names:
@@ -141,10 +143,30 @@ def run(job: dict, code: CodeType, before: list[dict]) -> dict:
             except BaseException as error:  # SystemExit and KeyboardInterrupt are failures too
                 wrong = isinstance(error, AssertionError)
                 failed.append((name, described(error, job), wrong))
-    patched = changed(before) or [key for key in own if vars(tests).get(key) is not own[key]]
+    patched = changed(before) or differing(vars(tests), looked)
     if patched:
         return dict(ended=f"{patched[0]} was changed: only the exercise's own file may be")
     return dict(tests=len(names), failed=failed)
+
+
+def looks(names: dict) -> dict[str, tuple]:
+    """Of each name its value and, of a function, what it does: that can be put into it as well."""
+    parts = ("__code__", "__defaults__", "__closure__")
+    return {
+        name: (value, *[getattr(value, part, None) for part in parts])
+        if isinstance(value, FunctionType)
+        else (value,)
+        for name, value in names.items()
+    }
+
+
+def differing(names: dict, before: dict[str, tuple]) -> list[str]:
+    now = looks({name: names.get(name) for name in before})
+    return [
+        name
+        for name, known in before.items()
+        if [id(part) for part in now[name]] != [id(part) for part in known]
+    ]
 
 
 def changed(before: list[dict]) -> list[str]:
@@ -153,8 +175,7 @@ def changed(before: list[dict]) -> list[str]:
     return [f"Tensor.{name}" for name in added] + [
         f"{getattr(owner, '__name__', owner)}.{name}"
         for owner, known in zip(GUARDED, before)
-        for name, value in known.items()
-        if vars(owner).get(name) is not value
+        for name in differing(vars(owner), known)
     ]
 
 

@@ -134,15 +134,18 @@ def edited(text: str, name: str, edits: tuple[tuple[str, str], ...]) -> str:
 
 
 def bound(node: ast.stmt) -> set[str]:
-    """The names that a top-level statement gives a meaning to."""
+    """The names that a top-level statement gives a meaning to; one such as `if` or `try`: all that
+    the statements in it do."""
     if isinstance(node, DEFINITIONS):
         return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
-    return set()
+    targets = [*getattr(node, "targets", []), getattr(node, "target", None)]
+    targets += [item.optional_vars for item in getattr(node, "items", [])]  # with ... as
+    names = {n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)}
+    parts = ("body", "orelse", "finalbody", "handlers", "cases")
+    nested = [inner for part in parts for inner in getattr(node, part, [])]
+    return names.union(*[bound(inner) for inner in nested])
 
 
 def used(nodes: list[ast.stmt]) -> set[str]:

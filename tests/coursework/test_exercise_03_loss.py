@@ -79,12 +79,55 @@ def test_eps_high_is_the_upper_bound():
     close(loss([0.5], [-1], eps_high=0.5)[0], 0.8, "a ratio of 0.5 with eps 0.2, eps_high 0.5")
 
 
+def kl_is(kl):
+    """In the place of exercise 2, which is not needed here."""
+    return patch.object(grpo, "kl_estimate", lambda logprobs, ref_logprobs: kl(logprobs))
+
+
 def test_the_kl_adds_to_the_loss():
-    # Its values are given here: exercise 2 is not needed.
-    with patch.object(grpo, "kl_estimate", lambda logprobs, ref: numbers(3, 5)):
+    with kl_is(lambda logprobs: numbers(3, 5)):
         value, stats, _ = loss([1, 1], [1, 0], beta=0.1, ref=numbers(0, 0))
     close(value, -1 + 0.1 * 8, "gains of 1 and 0, KL of 3 and 5, beta 0.1")
     close(stats["kl"], 8, "stats['kl'], the sum over tokens")
+
+
+def test_the_kl_counts_by_the_weights_too():
+    with kl_is(lambda logprobs: numbers(3, 5)):
+        value, _, _ = loss([1, 1], [1, 0], beta=0.1, ref=numbers(0, 0), weights=[0.5, 0.2])
+    close(value, -0.5 + 0.1 * 2.5, "the same with weights of 0.5 and 0.2")
+
+
+def test_the_kl_has_its_gradient():
+    with kl_is(lambda logprobs: 7 * logprobs):
+        value, _, logprobs_N = loss([1], [2], beta=0.1, ref=numbers(0))
+        value.backward()
+    close(logprobs_N.grad, [-2 + 0.1 * 7], "A = 2, and a KL whose gradient is 7, with beta 0.1")
+
+
+def test_the_kl_is_of_the_policy_against_the_reference():
+    asked = []
+
+    def kl_estimate(logprobs, ref_logprobs):
+        asked.append((logprobs, ref_logprobs))
+        return torch.zeros_like(logprobs)
+
+    with patch.object(grpo, "kl_estimate", kl_estimate):
+        _, _, logprobs_N = loss([2.0], [1], beta=0.1, ref=numbers(-5))
+    assert len(asked) == 1, f"kl_estimate was called {len(asked)} times, not once"
+    close(asked[0][0], logprobs_N.detach(), "what kl_estimate is given as logprobs")
+    close(asked[0][1], [-5], "what kl_estimate is given as ref_logprobs")
+
+
+def test_without_a_reference_the_kl_is_0():
+    value, stats, _ = loss([1], [2], beta=0.1)
+    close(value, -2, "A = 2 at a ratio of 1, beta 0.1, ref None")
+    close(stats["kl"], 0, "stats['kl'] where ref is None")
+
+
+def test_the_loss_takes_the_ratio_that_it_is_told():
+    # Ratios of 2 and 0.45 make 0.9 for the output; by itself the first is clipped.
+    value = loss([2.0, 0.45, 1.1], [1, 1, 1], outputs=[0, 0, 1], ratio="sequence")[0]
+    close(value, -(0.9 + 0.9 + 1.1), "ratio='sequence', 2 and 0.45 in one output, 1.1 in another")
 
 
 def test_each_token_counts_by_its_weight():

@@ -72,6 +72,15 @@ def test_a_score_depends_on_the_distance_only():
     close(score(7, 5), score(3, 1), "the scores of positions 7, 5 and 3, 1")
 
 
+def test_bf16_is_rounded_once_at_the_end():
+    # Numbers of about 100: half a unit of bf16's last place, and no more, may be lost of each.
+    x_BTHR, angles_BTr = 100 * random(1, 8, 4, 8).bfloat16(), 10 * random(1, 8, 4)
+    for interleaved in (True, False):
+        exact = model.rotate(x_BTHR.double(), at(angles_BTr), interleaved)
+        got = model.rotate(x_BTHR, at(angles_BTr), interleaved)
+        close(got, exact, f"bf16 numbers, multiplied in fp32 or more, {interleaved=}", 2**-8)
+
+
 def test_the_dtype_stays():
     for dtype in (torch.bfloat16, torch.float64):
         for interleaved in (True, False):

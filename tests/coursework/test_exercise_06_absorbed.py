@@ -1,6 +1,9 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 
+import kernels
 import model
 from tests.coursework.checks import close
 
@@ -69,6 +72,24 @@ def test_a_row_sees_as_many_tokens_as_it_has():
     cached = [cache_ZYX[0, :3], cache_ZYX[1, :5]]
     wanted = expected(attention, q_BTHK, q_BTHR, cached, (K + R) ** -0.5)
     close(got, wanted, "rows of 3 and 5 tokens in a cache with room for 7")
+
+
+def test_one_call_of_the_kernel_mixes_the_latents():
+    # What it returns is given here: the result is W_UV of that, and of nothing else.
+    attention, mixed_BHC, calls = layer(), random(2, H, C), []
+
+    def mla_decode(*arguments, **named):
+        calls.append(arguments)
+        return mixed_BHC
+
+    with patch.object(kernels, "mla_decode", mla_decode):
+        got = attention.absorbed(
+            random(2, 1, H, K), random(2, 1, H, R), random(2, 7, C + R), rows([7, 7])
+        )
+    assert len(calls) == 1, f"kernels.mla_decode was called {len(calls)} times, not once"
+    w_HkC = attention.kv_b_proj.weight.view(H, K + U, C)
+    wanted = [torch.cat([w_HkC[h, K:] @ row_HC[h] for h in range(H)])[None] for row_HC in mixed_BHC]
+    close(got, torch.stack(wanted), "W_UV of each row's and head's mixture of latents")
 
 
 def test_the_scale_counts_all_dimensions():

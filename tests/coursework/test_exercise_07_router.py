@@ -60,6 +60,21 @@ def test_a_group_is_as_good_as_its_two_best():
     same(experts, [2, 3], "one group of four, by the sum of its two best: 0.7 against 0.8")
 
 
+def test_in_a_larger_group_only_its_two_best_count():
+    # Groups of four: all of the second add up to more, its two best to less.
+    scores = [0.5, 0.4, 0.1, 0.1, 0.4, 0.4, 0.4, 0.4]
+    experts, _, _ = route(gate(n_group=2, topk_group=1), scores)
+    same(experts, [0, 1], "one group of two: 0.5 + 0.4 against 0.4 + 0.4, with four experts each")
+
+
+def test_a_token_may_use_as_many_groups_as_topk_group_says():
+    # Groups of two, which are worth 0.9, 0.6, 0.75 and 0.4: the first and the third may be used.
+    scores = [0.6, 0.3, 0.5, 0.1, 0.4, 0.35, 0.2, 0.2]
+    experts, weights_A, _ = route(gate(n_group=4, topk_group=2), scores)
+    same(experts, [0, 4], "two groups of four: the best expert of the first and of the third")
+    close(weights_A, [2.5 * 0.6, 2.5 * 0.4], "their weights, of 0.6 and 0.4")
+
+
 def test_an_expert_of_a_losing_group_never_wins():
     # All that is selected from is negative, so a loser that is set to 0 would win.
     scores = [0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]

@@ -16,27 +16,20 @@ CONFIG = model.Config(
 )  # fmt: skip
 
 
-def turned(x_BTHR, rows, interleaved):
-    """Exercise 5, so that it is not needed here."""
-    turn = rows.turn_BTr.unsqueeze(2)
-    x, y = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
-    pairs = (x * turn.real - y * turn.imag, x * turn.imag + y * turn.real)
-    return torch.stack(pairs, -1).flatten(-2)
+def marked(x_BTHR, rows, interleaved):
+    """In the place of exercise 5: a position's angles, added. No turning, but as telling here."""
+    return x_BTHR + torch.view_as_real(rows.turn_BTr).flatten(-2).unsqueeze(2)
 
 
 def absorbed(self, q_BTHK, q_BTHR, cache_ZYX, rows):
-    """Exercise 6, row by row and in its naive form."""
+    """In the place of exercise 6: the naive form, over a row's entries, for its last token."""
     out = []
     for b, seen in enumerate(rows.seen_B.tolist()):
         pages = [b] if rows.table_BP is None else rows.table_BP[b]
-        entries_SX = torch.cat([cache_ZYX[page] for page in pages])[:seen]
-        kv = self.kv_b_proj(entries_SX[:, : self.C]).view(seen, self.H, -1)
-        k_SHK, v_SHU = kv.split((self.K, self.U), -1)
-        scores_HS = torch.einsum("hk,shk->hs", q_BTHK[b, 0], k_SHK)
-        scores_HS = scores_HS + torch.einsum("hr,sr->hs", q_BTHR[b, 0], entries_SX[:, self.C :])
-        probs_HS = (self.scale * scores_HS).softmax(-1)
-        out.append(torch.einsum("hs,shu->hu", probs_HS, v_SHU).flatten())
-    return torch.stack(out)[:, None]
+        entries_1SX = torch.cat([cache_ZYX[page] for page in pages])[None, :seen]
+        queries = [q[b : b + 1].expand(1, seen, -1, -1) for q in (q_BTHK, q_BTHR)]
+        out.append(self.naive(*queries, *entries_1SX.split((self.C, self.R), -1), None)[:, -1:])
+    return torch.cat(out)
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +39,9 @@ def _stand_ins():
 
 
 def stand_ins():
-    """Exercises 5 and 6 are computed here while this file's tests run."""
+    """Exercises 5 and 6 are not needed while this file's tests run."""
     return patch.multiple(
-        model, rotate=turned, MLA=type("MLA", (model.MLA,), {"absorbed": absorbed})
+        model, rotate=marked, MLA=type("MLA", (model.MLA,), {"absorbed": absorbed})
     )
 
 
@@ -146,6 +139,20 @@ def test_decoding_over_pages_equals_the_whole_row():
     table_BP = torch.tensor([[3, 0, 4], [1, 5, 2]])
     got = decoded(net, tokens_BT, [2, 3], table_BP, page=3, pages=6)
     close(got, uncached(net, tokens_BT, [2, 3]), "rows over pages of 3 tokens")
+
+
+def test_documents_in_one_row_do_not_see_each_other():
+    net, parts = transformer(), (3, 2)
+    attention, x_BTD = net.model.layers[0].self_attn, torch.randn(1, 5, 8).double()
+    packed = net.rows(torch.zeros(1, 5, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1]]))
+    wanted = []
+    with torch.no_grad():
+        for part_BTD in x_BTD.split(parts, 1):
+            rows = net.rows(torch.zeros(part_BTD.shape[:2], dtype=torch.long), None)
+            projected = attention.project(part_BTD, rows)
+            wanted.append(attention.o_proj(attention.naive(*projected, None)))
+        got = attention(x_BTD, packed)
+    close(got, torch.cat(wanted, 1), "documents of 3 and 2 tokens in one row, and each by itself")
 
 
 def test_without_a_cache_it_is_the_naive_form():

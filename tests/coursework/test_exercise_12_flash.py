@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.coursework import flash
 from tests.coursework.checks import close
@@ -68,21 +68,55 @@ def test_the_log_of_the_sums_comes_with_it():
     close(flash.flash_attention(q, k, v, 0.5, 4)[1], expected(q, k, v, 0.5)[1], "lse, log base e")
 
 
-class Largest(TorchFunctionMode):
-    """The most numbers that any tensor had which was made meanwhile."""
+PRODUCTS = ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm")
+TOTALS = ("sum", "mean", "prod", "max", "amax", "logsumexp")
+ALONG = ("_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cummax")
 
-    numbers = 0
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+class Watch(TorchDispatchMode):
+    """What is computed meanwhile: the most numbers that a tensor has, and the most that a sum, a
+    maximum, a softmax or a product goes over."""
+
+    numbers = length = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # to skip the compiler, torch imports it
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+        results = made if isinstance(made, (tuple, list)) else [made]
+        tensors = [x for x in results if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *[x.numel() for x in tensors]])
+        if tensors:
+            length = over(function.overloadpacket.__name__, args, tensors[0].numel())
+            self.length = max(self.length, length)
         return made
 
 
-def test_no_tensor_has_t_times_t_numbers():
-    T, q_k_v = 64, inputs(64)
-    with Largest() as largest:
-        flash.flash_attention(*q_k_v, 0.5, 8)
-    assert largest.numbers < T * T, f"a tensor has {largest.numbers} numbers, {T} x {T} or more"
+def over(name, args, numbers):
+    """How many numbers each of an operation's `numbers` results is made from."""
+    given = [x for x in args if isinstance(x, torch.Tensor)]
+    if name in PRODUCTS:
+        return given[-2].shape[-1]
+    if name in TOTALS:
+        return given[0].numel() // max(1, numbers)
+    if name in ALONG:
+        return given[0].shape[args[1]]
+    return given[1].shape[-2] if name.startswith("_scaled_dot_product") else 0
+
+
+def watched(T, tile):
+    with Watch() as watch:
+        flash.flash_attention(*inputs(T), 0.5, tile)
+    return watch
+
+
+def test_no_tensor_has_more_numbers_than_t_times_tile():
+    most = watched(64, 8).numbers
+    assert most <= 64 * 8, f"a tensor has {most} numbers; T x tile is 64 x 8 = 512"
+
+
+def test_no_sum_goes_over_more_than_a_tile():
+    most = watched(64, 8).length
+    assert most <= 8, f"a sum, maximum or product goes over {most} numbers, with a tile of 8 keys"
