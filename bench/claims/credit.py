@@ -51,8 +51,9 @@ PPO = Claim(
     paper="on MATH: lambda 0.95 considerably worse, 1.0 nearly as good as GRPO",
     rule="mean accuracy over 120 updates: GRPO is above PPO with lambda 0.95, and so is PPO with"
     " lambda 1, each by more than two equal runs differ by",
-    note="PPO has a critic as large as the policy, no KL, and counts all tokens alike; not tuned"
-    " but for the critic's learning rate, by the critic's loss. GRPO is the default run.",
+    note="With lambda 1 PPO learns as fast as GRPO, at equal updates, which take it 1.4 to 2.2 times"
+    " as long. It has a critic as large as the policy, no KL, and counts all tokens alike; it was"
+    " not tuned but for the critic's learning rate. GRPO is the default run.",
     runs=critics, measure=critic,
 )  # fmt: skip
 
@@ -103,6 +104,9 @@ BIAS = Claim(
     paper="Dr. GRPO (2503.20783), not R1: wrong outputs grow shorter at the same accuracy",
     rule="wrong outputs after update 40 are longer with 1/|o| than without, by 3 standard errors,"
     " and pass@1 without either bias is not lower by more than noise",
+    note="On all seeds wrong outputs are longer with 1/|o|, by 1 to 5 tokens of 24, but these are"
+    " some 200 outputs a run, of which that is within the noise. Without 1/|o| alone one seed ends"
+    " at .900.",
     runs=unbiased, measure=bias,
 )  # fmt: skip
 
@@ -130,6 +134,7 @@ AGGREGATION = Claim(
     paper="DAPO (2503.14476), not R1, whose Eq. 1 has no 1/|o|",
     rule="mean accuracy over the run with the mean over all tokens is above that with the mean over"
     " each output's, by more than two equal runs differ by",
+    note="All differ by less than two equal runs: right outputs of a group are about equally long.",
     runs=weights, measure=weighting,
 )  # fmt: skip
 

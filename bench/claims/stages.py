@@ -225,7 +225,10 @@ HACKING = Claim(
     rule="R1-Zero, trained on under a reward model half of whose annotators prefer the longer"
     " answer, has a higher score in its last five rollouts than in its first, and a lower accuracy"
     " than in its best five, each by 3 standard errors, accuracy by 10 points",
-    note="The bias is put into the preferences; that RL finds it is measured.",
+    note="Accuracy does fall, from .97 to between .43 and .79, but the score, near its top from the"
+    " start, rises by less than noise; and under careful annotators it falls as well. A group's std"
+    " scales up what is left of differences, and that is the reward model's errors. Four in five"
+    " pairs are careless ones, as careful annotators can't tell two wrong answers apart.",
     runs=annotators, measure=hacking,
 )  # fmt: skip
 
