@@ -180,7 +180,8 @@ SIZE = Claim(
     paper="7B dense and 16B MoE bases gained little; 32B, 230B and 671B ones a lot",
     rule="the gain in pass@1 of the toy (0.41M parameters) is above that of the smallest base,"
     " beyond noise",
-    note="All bases read the same corpus, for as many updates.",
+    note="All bases read the same corpus, for as many updates. It is size by way of competence: the"
+    " smallest gets 5 to 33 % of single steps right, the other two all.",
     runs=base_sizes, measure=size,
 )  # fmt: skip
 
