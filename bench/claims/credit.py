@@ -51,7 +51,7 @@ PPO = Claim(
     paper="on MATH: lambda 0.95 considerably worse, 1.0 nearly as good as GRPO",
     rule="mean accuracy over 120 updates: GRPO is above PPO with lambda 0.95, and so is PPO with"
     " lambda 1, each by more than two equal runs differ by",
-    note="With lambda 1 PPO learns as fast as GRPO, at equal updates, which take it 1.4 to 2.2 times"
+    note="With lambda 1 PPO learns as fast as GRPO, at equal updates, which take 1.4 to 2.2 times"
     " as long. It has a critic as large as the policy, no KL, and counts all tokens alike; it was"
     " not tuned but for the critic's learning rate. GRPO is the default run.",
     runs=critics, measure=critic,

@@ -172,8 +172,8 @@ CLIP = Claim(
     rule="over the same 240 updates, 16 to a rollout, mean accuracy with eps 10 is above that with"
     " 0.2 and above that without a clip, each by more than two equal runs differ by",
     note="A range of 0.2 cuts .8 % of the tokens; ratios of 11 are next to never reached: 10 and"
-    " none are the same run until late, on seed 0 to the end. Both learn faster at first and stumble"
-    " later: accuracy falls by up to .25 from one rollout to the next, with 0.2 by .08.",
+    " none are the same run until late, on seed 0 to the end. Both learn faster at first, and"
+    " stumble later: accuracy falls by up to .25 from one rollout to the next, with 0.2 by .08.",
     runs=clips, measure=clip,
 )  # fmt: skip
 
