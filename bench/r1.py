@@ -1,4 +1,4 @@
-"""README's tables of R1's stages, of the language reward and of distillation: three seeds.
+"""The tables of bench/results/r1/README.md: stages, language reward, distillation; three seeds.
 
     python -m bench.r1             run what is not there yet, and print
     python -m bench.r1 --jobs 2    two runs at a time, each on one thread
@@ -96,7 +96,7 @@ def distill_table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="README's tables of R1's stages")
+    parser = argparse.ArgumentParser(description="tables of R1's stages")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: 1)")
     parser.add_argument(
         "--threads", type=int, default=0, help="threads of each run; 0: torch's choice"

@@ -1,5 +1,5 @@
 """What a run of RL says of itself when the questions arise that everybody asks: why is my loss 0,
-why is my reward flat, how long will it take. Each answer comes once, with the figures behind it.
+why is my reward flat, how long will it take. Each of its answers comes once, with the figures.
 
 It is no part of the method. (Out of memory: launch.py.)
 """
@@ -55,7 +55,7 @@ class Advice:
     def _time(self, done: int) -> None:
         """From the beginning of the second rollout, for the first also compiles and warms up, to
         that of the newest: each has one rollout and all updates that follow it."""
-        if len(self.begins) < 3 or done - self.begins[0][0] <= 4:
+        if len(self.begins) < 3 or done - self.begins[0][0] <= 4 or done >= self.steps:
             return
         (first, began), (now, at) = self.begins[1], self.begins[-1]
         each = (at - began) / (now - first)
@@ -100,9 +100,9 @@ class Advice:
         if len(self.rewards) >= 2 * WINDOW and self._stands(WINDOW, means):
             begin, end, chance = self._rise(WINDOW)
             self._once("flat", (
-                f"the reward does not rise: {begin:.3f} over the first {WINDOW} rollouts since the"
+                f"the reward does not rise: {begin:.3f} over the first {WINDOW} rollouts since this"
                 f" start, {end:.3f} over the last {WINDOW} of {len(self.rewards)}; chance alone"
-                f" moves it by {chance:.2g}. {_reason(means)}"
+                f" moves it by up to {BY_CHANCE * chance:.2g}. {_reason(means)}"
             ))  # fmt: skip
 
     def _stands(self, window: int, means: dict[str, float]) -> bool:

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,9 +97,9 @@ def launch(
     The config's fields `threads`, `seed` and `device` are heeded where it has them. Exit codes: 2
     for the user's mistake (UserError, a file that is not there, the types in user_errors), 1 for a
     diverged loss, memory or a disk that is full, or the loss of another rank, each with one line
-    in place of a traceback; 130 after Ctrl-C, 143 after SIGTERM. Of several ranks the first that
-    failed speaks. At the end, after that line, comes what a Run was given as `at_end`; a second
-    Ctrl-C does not wait for it.
+    in place of a traceback, and for any other error, with its traceback; 130 after Ctrl-C, 143
+    after SIGTERM. Of several ranks the first that failed speaks. At the end, when all has been
+    said, comes what a Run was given as `at_end`; a second Ctrl-C does not wait for it.
     """
     at_end.clear()
     try:
@@ -110,16 +111,16 @@ def launch(
         _quit(128 + (stop.signal or signal.SIGINT))
     except Exception as error:
         if not parallel.first_to_fail() or parallel.is_gone(error):
-            _leave()
             _let_the_cause_speak()
         code, line = _explain(error, config, user_errors)
         if code:
             rank = f"[rank {parallel.rank()}] " if parallel.world_size() > 1 else ""
             print(f"error: {rank}{line}", file=sys.stderr, flush=True)
-        _leave()
-        if not code:
-            raise
-        sys.exit(code)
+        else:
+            traceback.print_exc()
+        if not _disk_is_full(error):
+            _leave()
+        sys.exit(code or 1)
     parallel.shutdown()
     if stop.signal:
         sys.exit(128 + stop.signal)
@@ -192,7 +193,11 @@ def _memory(error: Exception, config: Any) -> str:
 
 
 def _leave() -> None:
-    """What is to be done at the end, as far as that succeeds: it hides no error."""
+    """What is to be done at the end, as far as that succeeds: it hides no error. Where torchrun
+    waits to start several ranks again it is left to the end of what they do then."""
+    failed = isinstance(sys.exc_info()[1], Exception)
+    if parallel.world_size() > 1 and (failed or stop.signal == signal.SIGTERM):
+        at_end.clear()
     while at_end:
         try:
             at_end.pop(0)()

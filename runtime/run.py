@@ -59,11 +59,15 @@ _locks: dict[Path, IO] = {}
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: to another name, then by rename."""
     new = path.with_name(f".{path.name}.new")
-    with new.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)  # it would fill the disk
+        raise
 
 
 def run_command(arguments: list[str], run: "Run") -> bool:

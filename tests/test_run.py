@@ -33,6 +33,7 @@ from runtime.run import (
     pick_device,
     usable_dtype,
     progress,
+    write_file,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -369,10 +370,11 @@ def test_the_users_mistakes_end_with_one_line_and_2(capsys, tmp_path):
     assert ended(bad, capsys, user_errors=(DataError,)) == (2, "error: a.jsonl:3: no answer\n")
 
 
-def test_any_other_error_keeps_its_traceback():
+def test_any_other_error_keeps_its_traceback(capsys):
     for error in (ValueError("ours"), DataError("not passed in"), AssertionError("n=3")):
-        with pytest.raises(type(error)):
-            launch(raises(error), SimpleNamespace())
+        code, err = ended(raises(error), capsys)
+        assert code == 1 and err.startswith("Traceback")
+        assert err.splitlines()[-1].endswith(f"{type(error).__name__}: {error}")
 
 
 @pytest.mark.parametrize("error", [None, UserError("no"), Diverged("nan"), MemoryError(), 7])
@@ -391,20 +393,64 @@ def test_what_a_run_leaves_at_its_end_it_leaves_at_any_end(capsys, tmp_path, err
         if error:
             raise error
 
-    if isinstance(error, ValueError):
-        with pytest.raises(ValueError, match="a bug"):
-            launch(main, SimpleNamespace())
-    elif error:
+    if error:
         code, err = ended(main, capsys)
         assert code == (2 if isinstance(error, UserError) else 1)
-        assert err.splitlines()[0].startswith("error: ")  # before anything else can go wrong
-        assert ("no room for it" in err) == hindered
+        said, _, hindrance = err.partition("at the end of the run: ")  # what is said comes first
+        assert said.startswith(("error: ", "Traceback")) and str(error) in said
+        assert hindrance == ("no room for it\n" if hindered else "")
     else:
         launch(main, SimpleNamespace())
     assert left == [tmp_path / "run"]
     left.clear()
     ended(main, capsys)  # the directory is another run's by now
     assert left == []
+
+
+@pytest.mark.parametrize("error, stopped, leaves", [
+    (None, None, True), (None, signal.SIGINT, True), (None, signal.SIGTERM, False),
+    (MemoryError(), None, False), (ValueError("a bug"), None, False),
+])  # fmt: skip
+def test_of_several_ranks_that_torchrun_starts_again_none_is_kept_waiting(
+    capsys, monkeypatch, error, stopped, leaves
+):
+    left = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "first_to_fail", lambda: True)
+
+    def main(config):
+        launching.at_end.append(lambda: left.append("page"))
+        launching.stop.signal = stopped
+        if error:
+            raise error
+
+    try:
+        launch(main, SimpleNamespace())
+    except SystemExit:
+        pass
+    finally:
+        launching.stop.signal = None
+    assert bool(left) == leaves
+
+
+def test_on_a_full_disk_nothing_more_is_written_and_nothing_is_left_over(
+    capsys, monkeypatch, tmp_path
+):
+    left = []
+
+    def main(config):
+        launching.at_end.append(lambda: left.append("page"))
+        raise OSError(errno.ENOSPC, "No room", "x/y.bin")
+
+    assert ended(main, capsys)[0] == 1 and left == []
+
+    def no_room(number):
+        raise OSError(errno.ENOSPC, "No room")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError):
+        write_file(tmp_path / "report.html", b"page")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_loss_that_is_nan_names_the_step_and_the_last_checkpoint(capsys, tmp_path):

@@ -24,7 +24,7 @@ import grpo
 import rewards
 import sft
 import train_zero
-from bench.claims.rl import run_between_evaluations
+from bench.claims.rl import refuse, run_between_evaluations
 from data.problems import Generated, Listed, Problem
 from data.prompts import encode_prompt
 from data.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ class Config(train_zero.Config):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse(self)
         if not 0 <= self.careless <= 1:
             raise UserError(f"--careless {self.careless}: from 0 to 1")
 

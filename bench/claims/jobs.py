@@ -1,7 +1,8 @@
 """The runs that claims are made of: commands that leave result.json in a directory of their own.
 
 What is there is not run again, and what was stopped goes on where it was, by the same command.
-made.json beside a result says where it was made: commit, machine, versions, date, seconds.
+made.json beside a result says where it was made: commit, machine, versions, date, seconds (where it
+was stopped and went on: of its last part).
 """
 
 import json
@@ -143,16 +144,21 @@ def here() -> dict:
     """Commit (+: with changes), machine and versions of what is run now."""
     import torch
 
-    said = subprocess.run(["git", "log", "-1", "--format=%h"], capture_output=True, text=True)
-    status = ["git", "status", "--porcelain", "-uno"]
-    changed = subprocess.run(status, capture_output=True, text=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        try:
+            command = ["git", *arguments]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    changed = git("status", "--porcelain", "-uno")
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
         cpu = names[0] if names else cpu
     return dict(
-        commit=said.stdout.strip() + "+" * bool(changed),
+        commit=(git("log", "-1", "--format=%h") or "not recorded") + "+" * bool(changed),
         machine=f"{cpu}, one thread a run",
         versions=f"torch {torch.__version__}, Python {platform.python_version()}",
         date=date.today().isoformat(),
@@ -182,7 +188,7 @@ def run_all(
     On Ctrl-C or SIGTERM the runs are told to save and end, and KeyboardInterrupt goes on.
     """
     waiting, running, failed = missing(jobs), {}, []
-    total, told, about = len(waiting), time.monotonic(), here()
+    total, told = len(waiting), time.monotonic()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
@@ -192,9 +198,9 @@ def run_all(
             for job in ready[: at_once - len(running)]:
                 waiting.remove(job)
                 print(f"[{total - len(waiting)}/{total}] {job.name}: {job.made_by()}", flush=True)
-                running[job.name] = job, start(job), time.monotonic()
+                running[job.name] = job, start(job), time.monotonic(), here()
             time.sleep(poll)
-            for name, (job, child, since) in list(running.items()):
+            for name, (job, child, since, about) in list(running.items()):
                 if child.poll() is None:
                     continue
                 del running[name]
@@ -206,9 +212,9 @@ def run_all(
                 (job.out / "made.json").write_text(json.dumps(made) + "\n")
             if time.monotonic() - told > tell:
                 told = time.monotonic()
-                print("  ".join(where(job) for job, _, _ in running.values()), flush=True)
+                print("  ".join(where(job) for job, *_ in running.values()), flush=True)
     finally:
-        stop([child for _, child, _ in running.values()])
+        stop([child for _, child, *_ in running.values()])
         signal.signal(signal.SIGTERM, before)
     return failed + [job.name for job in waiting]
 

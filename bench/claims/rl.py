@@ -19,7 +19,8 @@ from sample import open_model
 
 
 # What train_zero.py does and this loop does not.
-ABSENT = ("async_rollouts", "join", "ep", "tp", "offload", "optimizer", "dry_run")
+ABSENT = ("async_rollouts", "join", "ahead", "part", "ep", "tp", "dtype", "recompute", "offload",
+          "optimizer", "pretrain_steps", "force", "dry_run")  # fmt: skip
 
 
 def refuse(config: train_zero.Config, *names: str) -> None:

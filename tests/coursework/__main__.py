@@ -41,11 +41,16 @@ def main() -> None:
         parser.error(f"{flags.directory} is no directory: give the one that make wrote")
     if flags.json and not flags.json.parent.is_dir():
         parser.error(f"--json {flags.json}: there is no directory {flags.json.parent}")
+    if flags.json and flags.json.is_dir():
+        parser.error(f"--json {flags.json}: that is a directory; give a file in it")
     grades = grade(flags.directory, flags.seconds)
-    if flags.json not in (None, Path("-")):
-        write_json(grades, flags.json)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may have few letters
-    print(as_json(grades) if flags.json == Path("-") else as_text(grades))
+    print(as_json(grades) if flags.json == Path("-") else as_text(grades), flush=True)
+    if flags.json not in (None, Path("-")):
+        try:
+            write_json(grades, flags.json)
+        except OSError as error:
+            sys.exit(f"error: --json {flags.json}: {error.strerror}")
 
 
 if __name__ == "__main__":

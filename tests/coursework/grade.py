@@ -105,7 +105,7 @@ def line_of(process: subprocess.Popen, seconds: float) -> str:
     return line if line.endswith("\n") else ""
 
 
-def failures_of(mistakes: Sequence[Mistake]) -> dict[Mistake, list]:
+def failures_of(mistakes: Sequence[Mistake], seconds: float = SECONDS) -> dict[Mistake, list]:
     """Of known mistakes, which tests fail and with which numbers."""
     exercises = {exercise.number: exercise for exercise in EXERCISES}
     jobs = {}
@@ -114,7 +114,8 @@ def failures_of(mistakes: Sequence[Mistake]) -> dict[Mistake, list]:
         text = (ROOT / exercise.file).read_text()
         wrong = splice.edited(text, mistake.function, mistake.edits)
         jobs[mistake] = job(exercise, splice.Spliced(wrong, []))
-    return {mistake: r.get("failed") for mistake, r in zip(jobs, run(list(jobs.values())))}
+    results = run(list(jobs.values()), seconds)
+    return {mistake: result.get("failed") for mistake, result in zip(jobs, results)}
 
 
 def explained(
@@ -169,7 +170,8 @@ def grade(directory: Path, seconds: float = SECONDS) -> list[Grade]:
     results = dict(zip(jobs, run(list(jobs.values()), seconds)))
     # A wrong value, and not code that broke or was not written, may be a known mistake.
     wrong = {n for n, result in results.items() if any(w for *_, w in result.get("failed", ()))}
-    known = failures_of([mistake for mistake in MISTAKES if mistake.exercise in wrong])
+    made = [mistake for mistake in MISTAKES if mistake.exercise in wrong]
+    known = failures_of(made, seconds)
     return [
         graded(e, broken.get(e.number) or explained(e, results[e.number], known)) for e in EXERCISES
     ]

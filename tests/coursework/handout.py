@@ -34,7 +34,7 @@ def make(out: Path) -> None:
         place = Path(directory)
         wanted = {ROOT: COPIED, ROOT / "tests": COPIED_TESTS}.get(place, ("*",))
         kept = {name for name in names if any(fnmatch(name, pattern) for pattern in wanted)}
-        dropped = {"__pycache__", *(GRADER if place.name == "coursework" else ())}
+        dropped = {"__pycache__", "README.md", *(GRADER if place.name == "coursework" else ())}
         return {n for n in names if n not in kept or n in dropped or place / n == out.resolve()}
 
     shutil.copytree(ROOT, out, ignore=left_out, dirs_exist_ok=True)
