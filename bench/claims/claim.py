@@ -29,6 +29,7 @@ cap, bias (of lengths) and hacking compare has noise of the first kind alone.
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -179,7 +180,7 @@ def draw(measured: Sequence[Measured], file: Path, title: str) -> None:
         axes.set_title(panel, fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 50 * max(1, len(panels))), fontsize="medium")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
