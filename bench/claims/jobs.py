@@ -74,12 +74,12 @@ class Lab:
     def zero(self, seed: int) -> Job:
         """The default run, whose base/ is where all other runs of its seed start."""
         given = ("--model", str(self.base)) if self.base else ()
-        return self._job(f"zero-{seed}", seed, ("train_zero.py",), given, 235, ())
+        return self._job(f"zero-{seed}", seed, ("train_zero.py",), given, 310, ())
 
     def bases(self, seed: int) -> Path:
         return self.base or self.zero(seed).out / "base"
 
-    def arm(self, name: str, seed: int, *flags: str, seconds: float = 120) -> Job:
+    def arm(self, name: str, seed: int, *flags: str, seconds: float = 180) -> Job:
         """The default run's RL from the same base, but for the flags."""
         flags = ("--model", str(self.bases(seed)), *EVALUATION, *flags)
         return self._job(f"claims/{name}-{seed}", seed, ("train_zero.py",), flags, seconds)

@@ -157,7 +157,7 @@ def base_sizes(lab: Lab, seed: int) -> dict[str, Job]:
     arms = {
         size: lab.program("sizes", f"size-{size}", seed, "--size", size, "--eval-samples", "8",
                           seconds=seconds, models={})
-        for size, seconds in (("tiny", 130), ("small", 165))
+        for size, seconds in (("tiny", 170), ("small", 265))
     }  # fmt: skip
     return {**arms, "toy": lab.zero(seed)}
 
