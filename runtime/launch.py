@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,7 +116,7 @@ def launch(
             rank = f"[rank {parallel.rank()}] " if parallel.world_size() > 1 else ""
             print(f"error: {rank}{line}", file=sys.stderr, flush=True)
         else:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())  # torch's, which names the rank
         if not _disk_is_full(error):
             _leave()
         sys.exit(code or 1)
