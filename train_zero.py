@@ -58,9 +58,9 @@ from sample import fitting_prompts, measure, open_model, table, write_page
 
 @dataclass(frozen=True)
 class Config(Machine):
+    model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
     # Departs from R1 2.2.2, tasks: one, arithmetic; R1 mixes mathematics, code, STEM and logic. A
     # file may have several kinds of questions.
-    model: str | None = flag(None, "directory of the base model; none: pretrain the toy's own")
     data: str = flag(
         "calc-chain",
         "questions: calc-chain, bilingual-chain, countdown, a puzzle of data/puzzles.py"

@@ -282,8 +282,9 @@ GOLD = "Alice is a knight, Bruno is a knave, Clara is a knight"
 
 @pytest.mark.parametrize(
     "answer",
-    [GOLD, GOLD + ".", GOLD.lower(), GOLD.upper(), "Bruno is a knave, Clara is a knight and Alice is"
-     " a knight", "Alice is a knight, Bruno is a knave, and Clara is a knight.",
+    [GOLD, GOLD + ".", GOLD.lower(), GOLD.upper(),
+     "Bruno is a knave, Clara is a knight and Alice is a knight",
+     "Alice is a knight, Bruno is a knave, and Clara is a knight.",
      "Alice: knight; Bruno: knave; Clara: knight", "Alice = knight\nBruno = knave\nClara = knight",
      "Alice is a knight. Bruno is a knave. Clara is a knight.", "alice knight, bruno knave, clara "
      "knight", "Alice -> knight, Bruno -> knave, Clara -> knight", "**Alice** is a **knight**,\n"
@@ -295,20 +296,22 @@ def test_the_people_may_be_named_in_any_order_and_spelling(answer):
 
 
 HOSTILE_KNIGHTS = [
-    None, "", " ", ",", "knight", "Alice", "Alice is a knight", "Alice is a knight, Bruno is a knave",
-    GOLD.replace("knave", "knight"), "Alice is a knave, Bruno is a knight, Clara is a knave",
+    None, "", " ", ",", "knight", "Alice", "Alice is a knight",
+    "Alice is a knight, Bruno is a knave", GOLD.replace("knave", "knight"),
+    "Alice is a knave, Bruno is a knight, Clara is a knave",
     GOLD + ", Alice is a knight", GOLD + ", Alice is a knave", GOLD + ", Bruno is a knight",
     GOLD + ", David is a knight", GOLD + ". Or not", "not " + GOLD, "It is false that " + GOLD,
     "Alice is a knight or a knave, Bruno is a knave, Clara is a knight", GOLD.replace(",", " or"),
     "Alice is a knight/knave, Bruno is a knave, Clara is a knight", GOLD.replace("is", "is not"),
     "Alice is a knight, Bruno is not a knight, Clara is a knight", "everyone is a knight",
     "Alice and Clara are knights", "Alice is a knightknave, Bruno is a knave, Clara is a knight",
-    "Alice is a knight, Bruno is a knave, Clara is a knight?", "Alice isa knight, Bruno is a knave, "
-    "Clara is a knight", GOLD * 2, GOLD + "\n" + GOLD, "Alice is a knight, Bruno is a knave, C is a "
-    "knight", "A is a knight, B is a knave, C is a knight", GOLD.replace("knight", "kn\u0456ght"),
+    "Alice is a knight, Bruno is a knave, Clara is a knight?", GOLD * 2, GOLD + "\n" + GOLD,
+    "Alice isa knight, Bruno is a knave, Clara is a knight",
+    "Alice is a knight, Bruno is a knave, C is a knight",
+    "A is a knight, B is a knave, C is a knight", GOLD.replace("knight", "kn\u0456ght"),
     (GOLD + ", ") * 500, "knight " * 100, "Alice is a knight Bruno is a knave Clara is a knight",
-    "if Alice is a knight, Bruno is a knave, Clara is a knight", "[" + GOLD, "Aliceknight, Brunoknave"
-    ", Claraknight",
+    "if Alice is a knight, Bruno is a knave, Clara is a knight", "[" + GOLD,
+    "Aliceknight, Brunoknave, Claraknight",
 ]  # fmt: skip
 
 
@@ -336,9 +339,10 @@ def test_a_list_may_be_written_in_several_ways(answer):
 
 HOSTILE_LISTS = [
     None, "", " ", ",", "7, 22", "22, 7, 31", "31, 22, 7", "7, 22, 31, 31", "7, 7, 22, 31", "72231",
-    "7, 22, 31 or 31, 22, 7", "7, 22, 31, 7, 22, 31", "7, 2231", "7.0, 22, 31", "7, 22, 3l", "7,,22,31",
-    "7, 22, 31, ", "sorted: 7, 22, 31", "7 < 22 < 31 < 40", "[7, 22, 31", "\u0667, 22, 31", "7, 22, 31!",
-    "7, 22, [31]", "the numbers 7, 22, 31", "-7, 22, 31", "7 " * 5000,
+    "7, 22, 31 or 31, 22, 7", "7, 22, 31, 7, 22, 31", "7, 2231", "7.0, 22, 31", "7, 22, 3l",
+    "7,,22,31", "7, 22, 31, ",
+    "sorted: 7, 22, 31", "7 < 22 < 31 < 40", "[7, 22, 31", "\u0667, 22, 31",
+    "7, 22, 31!", "7, 22, [31]", "the numbers 7, 22, 31", "-7, 22, 31", "7 " * 5000,
 ]  # fmt: skip
 
 

@@ -83,8 +83,8 @@ def test_the_page_has_every_group_token_and_number(tmp_path):
 
 
 def test_curves_are_kept_by_phase_and_none_is_a_gap(tmp_path):
-    metrics = [line(20, phase="dev1"), line(1, phase="dev2"),
-               {"phase": "dev2", "step": 2, "loss": None, "kl": 0.1234567}, line(3, phase="dev2")]  # fmt: skip
+    gap = {"phase": "dev2", "step": 2, "loss": None, "kl": 0.1234567}
+    metrics = [line(20, phase="dev1"), line(1, phase="dev2"), gap, line(3, phase="dev2")]
     groups = [group(1, output(), phase="dev2"), group(2, output(), phase="r1")]
     content = data(written(tmp_path, groups, metrics))
     first, second = content["phases"]
@@ -382,7 +382,7 @@ def test_nothing_is_wider_than_the_screen_and_hostile_text_stays_text(browser, t
     )
     assert "unfinished" in browser.js(text_of("#list"))
     small = "[...document.querySelectorAll('button, select, .chips span, nav a, summary')]" \
-        ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 43.9).length"  # fmt: skip
+        ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 43.9).length"
     assert browser.js(small) == 0
     assert not browser.problems() and len(browser.requests()) == 1
 
