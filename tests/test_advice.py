@@ -179,6 +179,14 @@ def test_the_time_counts_whole_rollouts_and_from_a_resume(monkeypatch, m, done):
     assert minutes == pytest.approx(left, rel=0.02) and expected - done <= 2 * m + 5
 
 
+def test_at_the_end_no_time_is_told():
+    heard = []
+    advice = Advice(steps=5, say=heard.append)
+    for update in range(5):
+        advice.update(update + 1, STATS, FINE, beta=0.0)
+    assert not [line for line in heard if line.startswith("an update takes")]
+
+
 NAMED = ["--micro-tokens (now 4096)", "--slots (now 256)", "--recompute", "--dry-run shows"]
 
 

@@ -262,6 +262,13 @@ def test_wrong_outputs_are_those_that_did_not_earn_all(tmp_path):
     assert wrong_tokens(outs["GRPO"], after=61) == []
 
 
+def test_r1_within_3_points_of_zero_counts_the_evaluations_noise(tmp_path):
+    """As its rule says: each beyond 95 % intervals."""
+    measured = NAMES["stages"].measure(found("stages", tmp_path, 0))
+    (near,) = (each for each in measured.effects if "within 3 points" in each.name)
+    assert near == Effect(near.name, pytest.approx(0.03), pytest.approx(0.01 * 2**0.5))
+
+
 def test_what_two_equal_runs_may_differ_by_is_noise():
     equal = claims.passes_more("x", evaluation(0.52), evaluation(0.5))
     assert equal.noise == claims.SAME_PASS and equal.value < equal.noise
@@ -620,8 +627,10 @@ def test_wrong_settings_of_the_programs_are_refused():
         with pytest.raises(UserError, match=f"--{name} does nothing here: leave it out"):
             ppo.Config(**given)
     assert kl_reward.Config(aggregation="token").aggregation == "token"
-    with pytest.raises(UserError, match="--offload does nothing here"):
-        kl_reward.Config(offload=True)
+    for program in (ppo, kl_reward, hacking):
+        for given in (dict(offload=True), dict(ahead=2), dict(dtype="bfloat16")):
+            with pytest.raises(UserError, match=f"--{next(iter(given))} does nothing here"):
+                program.Config(**given)
     with pytest.raises(UserError, match="--beta 0.0: more than 0"):
         kl_reward.Config(beta=0.0)
     with pytest.raises(UserError, match="--samples 12: a power of 2"):

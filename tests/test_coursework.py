@@ -425,12 +425,35 @@ def test_an_equation_stands_in_the_source_and_is_taken_from_there(copy):
 
 
 def test_the_copys_own_readme_points_only_at_what_is_there(copy):
-    for page in (copy / "README.md", *(copy / "handout").iterdir()):
+    for page in copy.rglob("*.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), target
     readme = (copy / "README.md").read_text()
     assert "handout/README.md" in readme and "bench" not in readme
     assert {path.name for path in copy.glob("*.md")} == {"README.md"}
+
+
+def test_a_directory_for_the_json_is_refused_before_grading(tmp_path, monkeypatch, capsys):
+    def graded(directory, seconds):
+        raise AssertionError("it was graded first")
+
+    monkeypatch.setattr(command, "grade", graded)
+    monkeypatch.setattr(sys, "argv", ["c", "grade", str(tmp_path), "--json", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 2 and "is a directory; give a file in it" in capsys.readouterr().err
+
+
+def test_known_mistakes_have_the_seconds_that_the_student_has(monkeypatch):
+    given = []
+
+    def run(jobs, seconds):
+        given.append(seconds)
+        return [{"failed": []} for _ in jobs]
+
+    monkeypatch.setattr(grade, "run", run)
+    grade.failures_of(MISTAKES[:2], 77)
+    assert given == [77]
 
 
 def test_readme_counts_what_is_there():
