@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
 
 # R1 2.2.3, template: Table 1, word for word
-# The full stop after the question is the paper's, so a question that
-# ends in "?" reads "?.", as it must have for them.
+# The full stop after the question is the paper's, so a question that ends in "?" reads "?.", as it
+# must have for them.
 R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves"
     " it. The assistant first thinks about the reasoning process in the mind and then provides the"
